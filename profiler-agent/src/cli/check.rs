@@ -1,0 +1,150 @@
+//! `profiler-agent check`: what this kernel and these privileges allow.
+
+use std::{fs, path::PathBuf, process::ExitCode};
+
+use clap::Args;
+
+use crate::kernel::{self, BufferRows, Kernel, privileges};
+
+/// Tell what this kernel and these privileges allow, and the way out where something is missing.
+///
+/// Exits with 1 if sampling is impossible.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  profiler-agent check\n  sudo profiler-agent check")]
+pub(super) struct Arguments {
+    /// The kernel's type information, where it is not in its usual place.
+    #[arg(long, value_name = "FILE", default_value = kernel::DEFAULT_BTF, hide = true)]
+    btf: PathBuf,
+}
+
+/// How one item turned out.
+enum Verdict {
+    Good(String),
+    /// Sampling works, but something is missing.
+    Degraded(String),
+    Impossible(String),
+}
+
+pub(super) fn main(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let mut items = vec![("kernel", kernel_release()), ("privileges", privileges_held())];
+    items.extend(sampling(arguments));
+    items.push(("kernel symbols", kernel_symbols()));
+    items.push(("mapped files", mapped_files()));
+
+    let mut possible = true;
+    for (name, verdict) in items {
+        let (mark, text) = match verdict {
+            Verdict::Good(text) => ("ok      ", text),
+            Verdict::Degraded(text) => ("degraded", text),
+            Verdict::Impossible(text) => {
+                possible = false;
+                ("missing ", text)
+            }
+        };
+        println!("{mark}  {name}: {text}");
+    }
+    println!("{}", if possible { "Sampling is possible." } else { "Sampling is impossible." });
+    Ok(if possible { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn kernel_release() -> Verdict {
+    let release = nix::sys::utsname::uname()
+        .map_or_else(|_| "unknown".to_owned(), |name| name.release().to_string_lossy().into_owned());
+    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) if (major, minor) < (5, 10) => {
+            Verdict::Impossible(format!("Linux {release}; 5.10 or later is needed"))
+        }
+        _ => Verdict::Good(format!("Linux {release}")),
+    }
+}
+
+fn privileges_held() -> Verdict {
+    match privileges::check() {
+        Ok(()) => Verdict::Good("all held".to_owned()),
+        Err(missing) => Verdict::Impossible(missing.to_string()),
+    }
+}
+
+/// Loads and starts the real programs, for a moment.
+fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
+    let options = kernel::Options {
+        btf: &arguments.btf,
+        frequency: 1,
+        targets_only: true,
+        rows: BufferRows::for_rate(1, 1, 1),
+        debug_log: false,
+    };
+    let mut kernel = match Kernel::load(&options) {
+        Ok(kernel) => kernel,
+        Err(error) => return vec![("kernel programs", Verdict::Impossible(error.to_string()))],
+    };
+    let features = kernel.features();
+    let optional = |present: bool, good: &str, missing: &str| {
+        if present { Verdict::Good(good.to_owned()) } else { Verdict::Degraded(missing.to_owned()) }
+    };
+    let mut items = vec![
+        ("kernel programs", Verdict::Good("accepted".to_owned())),
+        ("stack depth", optional(features.bpf_loop, "512 frames", "127 user frames; Linux 5.17 or later walks deeper")),
+        (
+            "user registers",
+            optional(features.task_pt_regs, "from the kernel's helper", "from the stack's layout (before Linux 5.15)"),
+        ),
+        (
+            "mapping notices",
+            optional(
+                features.mmap_hook,
+                "at once",
+                "not permitted here (fentry on perf_event_mmap); new mappings are found when samples hit them",
+            ),
+        ),
+    ];
+    items.push(match kernel.attach_notices() {
+        Ok(()) => ("process notices", Verdict::Good("fork, exec and exit are announced".to_owned())),
+        Err(error) => ("process notices", Verdict::Impossible(error.to_string())),
+    });
+    items.push(match kernel.start() {
+        Ok(()) => (
+            "sampling clock",
+            match kernel.clock().source() {
+                Some(kernel::ClockSource::CpuClock) => Verdict::Good("cpu-clock (this machine has no PMU)".to_owned()),
+                Some(source) => Verdict::Good(source.to_string()),
+                None => Verdict::Impossible("no CPU is online".to_owned()),
+            },
+        ),
+        Err(error) => ("sampling clock", Verdict::Impossible(error.to_string())),
+    });
+    items
+}
+
+fn kernel_symbols() -> Verdict {
+    use std::io::BufRead as _;
+    let line = fs::File::open("/proc/kallsyms").ok().and_then(|file| {
+        let mut line = String::new();
+        std::io::BufReader::new(file).read_line(&mut line).ok()?;
+        Some(line)
+    });
+    match line {
+        Some(line) if line.split(' ').next().is_some_and(|address| address.chars().any(|digit| digit != '0')) => {
+            Verdict::Good("readable".to_owned())
+        }
+        _ => {
+            Verdict::Degraded("hidden; kernel frames stay unnamed without CAP_SYSLOG (kernel.kptr_restrict)".to_owned())
+        }
+    }
+}
+
+fn mapped_files() -> Verdict {
+    let readable = fs::read_dir("/proc/self/map_files")
+        .ok()
+        .and_then(|mut files| files.next()?.ok())
+        .is_some_and(|file| fs::metadata(file.path()).is_ok());
+    if readable {
+        Verdict::Good("readable, deleted and replaced ones too".to_owned())
+    } else {
+        Verdict::Degraded(
+            "only by path; frames of deleted files stay unnamed without CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN"
+                .to_owned(),
+        )
+    }
+}

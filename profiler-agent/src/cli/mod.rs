@@ -1,0 +1,73 @@
+//! The command line.
+
+mod check;
+mod logging;
+mod record;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use self::logging::LogOptions;
+
+/// Exit code for bad input and failures.
+const FAILURE: u8 = 1;
+
+/// System-wide CPU profiler: samples every process on this machine, with no changes to any of them.
+#[derive(Debug, Parser)]
+#[command(name = "profiler-agent", version, arg_required_else_help = true, after_help = EXAMPLES)]
+struct Arguments {
+    #[command(flatten)]
+    log: LogOptions,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  profiler-agent record --output machine.svg              10 s of the whole machine as a flame graph
+  profiler-agent record --pid 1234 --output app.pb.gz     one process and its children, for go tool pprof
+  profiler-agent record --output build.svg -- make        a command from start to end
+  profiler-agent run                                      the daemon: OTLP to http://127.0.0.1:4317
+  profiler-agent check                                    what this machine allows";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Record(record::Arguments),
+    Run(run::Arguments),
+    Check(check::Arguments),
+}
+
+/// Runs the command line's command. Errors are one sentence on standard error.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let logging = arguments.log.start();
+    let outcome = match arguments.command {
+        Command::Record(record) => record::main(record, logging),
+        Command::Run(run) => run::main(run, logging),
+        Command::Check(check) => check::main(&check),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("profiler-agent: error: {}", one_line(&error));
+            ExitCode::from(FAILURE)
+        }
+    }
+}
+
+/// An error and its causes, each said once, on one line.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string().replace('\n', " ");
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause);
+        }
+    }
+    text
+}

@@ -1,0 +1,421 @@
+//! `profiler-agent record`: a recording into a file.
+
+use std::{
+    fs,
+    io::{IsTerminal as _, Write as _},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitCode},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use profiler_common::abi::{counter::Counter, sample::EventKind, settings::target};
+use tracing::info;
+
+use super::logging::Logging;
+use crate::{
+    config::{DEFAULT_FREQUENCY, valid_frequency},
+    export::Format,
+    kernel::{self, BufferRows, Kernel, privileges},
+    pipeline::{self, DRAIN_INTERVAL, Pipeline},
+    process::children_of,
+    profile::Profile,
+    status::Stats,
+};
+
+const DEFAULT_DURATION: Duration = Duration::from_secs(10);
+const FRAME_CACHE_BYTES: usize = 32 << 20;
+/// How long a command that outlives the recording may take to end after being asked to.
+const END_GRACE: Duration = Duration::from_secs(2);
+
+/// Record the whole machine, some processes, or a command, into a file.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Arguments {
+    /// Record this process and the children it starts; may be given several times.
+    #[arg(long = "pid", value_name = "PID")]
+    pids: Vec<u32>,
+    /// How long to record, for example 10s or 2m. With a command, the default is until it ends; without one, 10s.
+    #[arg(long, value_parser = parse_duration)]
+    duration: Option<Duration>,
+    /// Samples per second and CPU.
+    #[arg(long, default_value_t = DEFAULT_FREQUENCY)]
+    frequency: u64,
+    /// What to record.
+    #[arg(long, value_enum, default_value = "on-cpu")]
+    event: Event,
+    /// Form of the output; by default what its name ends in says (.svg, .folded, .pb.gz, .otlp).
+    #[arg(long, value_enum)]
+    format: Option<Format>,
+    /// File to write; `-` is standard output. By default `profile` with the format's ending.
+    #[arg(long, short)]
+    output: Option<PathBuf>,
+    /// The kernel's type information, where it is not in its usual place.
+    #[arg(long, value_name = "FILE", default_value = kernel::DEFAULT_BTF, hide = true)]
+    btf: PathBuf,
+    /// A command to start and record, with everything it starts.
+    #[arg(last = true, value_name = "CMD")]
+    command: Vec<std::ffi::OsString>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  profiler-agent record --output machine.svg
+  profiler-agent record --duration 30s --pid 1234 --pid 5678 --output app.pb.gz
+  profiler-agent record --format folded --output - | sort -k2 -n
+  profiler-agent record --output build.svg -- make -j8
+Ctrl-C ends a recording early; what was recorded is written.";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Event {
+    /// Where CPU time goes.
+    OnCpu,
+    /// Where threads wait.
+    OffCpu,
+    /// Both.
+    Both,
+}
+
+/// Arguments, checked.
+struct Recording {
+    pids: Vec<u32>,
+    duration: Option<Duration>,
+    frequency: u64,
+    format: Format,
+    output: Output,
+    btf: PathBuf,
+    command: Vec<std::ffi::OsString>,
+}
+
+impl Arguments {
+    fn validate(self) -> anyhow::Result<Recording> {
+        if self.event != Event::OnCpu {
+            bail!("off-CPU recording is not part of this version; leave out --event or use --event on-cpu");
+        }
+        let frequency = valid_frequency(self.frequency)?;
+        for &pid in &self.pids {
+            check_pid(pid)?;
+        }
+        if self.duration.is_some_and(|duration| duration.is_zero()) {
+            bail!("a recording needs a duration above zero");
+        }
+        let (path, format) = match (self.output, self.format) {
+            (Some(path), Some(format)) => (path, format),
+            (Some(path), None) if path == Path::new("-") => (path, Format::Folded),
+            (Some(path), None) => {
+                let format = Format::of_file_name(&path).with_context(|| {
+                    format!(
+                        "the format cannot be told from the name {:?}; use --format, or a name that ends in \
+                         .svg, .folded, .pb.gz or .otlp",
+                        path.display().to_string()
+                    )
+                })?;
+                (path, format)
+            }
+            (None, format) => {
+                let format = format.unwrap_or(Format::Svg);
+                let name = match format {
+                    Format::Folded => "profile.folded",
+                    Format::Pprof => "profile.pb.gz",
+                    Format::Svg => "profile.svg",
+                    Format::Otlp => "profile.otlp",
+                };
+                (PathBuf::from(name), format)
+            }
+        };
+        privileges::check()?;
+        Ok(Recording {
+            pids: self.pids,
+            duration: self.duration,
+            frequency,
+            format,
+            output: Output::open(path)?,
+            btf: self.btf,
+            command: self.command,
+        })
+    }
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|_| "expected a duration such as 10s, 500ms or 2m".to_owned())
+}
+
+/// A PID that names no process is a mistake worth a sentence; so is a thread's.
+fn check_pid(pid: u32) -> anyhow::Result<()> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))
+        .map_err(|_| anyhow::anyhow!("there is no process with PID {pid}"))?;
+    let tgid = status.lines().find_map(|line| line.strip_prefix("Tgid:")).map(str::trim);
+    match tgid {
+        Some(tgid) if tgid != pid.to_string() => bail!("{pid} is a thread of process {tgid}; use --pid {tgid}"),
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<ExitCode> {
+    let mut recording = arguments.validate()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("the event loop could not be started")?;
+    let outcome = runtime.block_on(record(&mut recording, logging));
+    if outcome.is_err() {
+        recording.output.discard();
+    }
+    outcome
+}
+
+async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<ExitCode> {
+    use tokio::signal::unix::{SignalKind, signal};
+    // Signals are caught before anything starts, so that none of them can lose the recording.
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
+
+    let stats = Arc::new(Stats::default());
+    let (kernel, mut child) = start_sampling(recording, logging)?;
+    let started = Instant::now();
+    info!(
+        "sampling {} CPUs at {} Hz by {}",
+        kernel.clock().cpus(),
+        recording.frequency,
+        kernel.clock().source().map_or_else(String::new, |source| source.to_string()),
+    );
+    let mut watch = recording.pids.clone();
+    watch.extend(child.as_ref().map(Child::id));
+    let options = pipeline::Options {
+        period: Duration::from_nanos(1_000_000_000 / recording.frequency),
+        window: None,
+        frame_cache_bytes: FRAME_CACHE_BYTES,
+        watch: (!watch.is_empty()).then_some(watch),
+    };
+    let (mut pipeline, mut profiles) = Pipeline::start(kernel, options, &stats)?;
+
+    let duration = match (recording.duration, child.is_some() || !recording.pids.is_empty()) {
+        (Some(duration), _) => Some(duration),
+        (None, true) if child.is_some() => None,
+        (None, _) => Some(DEFAULT_DURATION),
+    };
+    let mut collected: Vec<Profile> = Vec::new();
+    let progress = progress_bar(duration);
+    let deadline = async {
+        match duration {
+            Some(duration) => tokio::time::sleep(duration.saturating_sub(started.elapsed())).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(deadline);
+    let mut ticks = tokio::time::interval(Duration::from_millis(200));
+    let reason = loop {
+        tokio::select! {
+            () = &mut deadline => break "",
+            _ = interrupt.recv() => break " (interrupted)",
+            _ = terminate.recv() => break " (terminated)",
+            exited = &mut pipeline.watched_exited => match exited {
+                Ok(()) => break " (the recorded processes ended)",
+                // The collector ended by itself: its error comes out of `join`.
+                Err(_) => break " (collection ended)",
+            },
+            _ = ticks.tick() => progress.set_position(millis(started.elapsed())),
+            Some(profile) = profiles.recv() => collected.push(profile),
+        }
+    };
+    let elapsed = started.elapsed();
+    progress.finish_and_clear();
+    pipeline.stop();
+    while let Some(profile) = profiles.recv().await {
+        collected.push(profile);
+    }
+    let outcome = pipeline.join();
+    if let Some(child) = &mut child {
+        end_command(child);
+    }
+
+    let profile = merge(collected, recording.frequency, elapsed);
+    let bytes = recording.format.encode(&profile)?;
+    recording.output.write(&bytes)?;
+    stats.samples_exported.add(profile.total());
+    eprintln!("{}", summary(&profile, &stats, elapsed, reason, &recording.output));
+    outcome?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Loads and starts the kernel side, and the command if there is one.
+fn start_sampling(recording: &Recording, logging: Logging) -> anyhow::Result<(Kernel, Option<Child>)> {
+    let limited = !recording.pids.is_empty() || !recording.command.is_empty();
+    let cpus = kernel::online_cpus().map_or(1, |cpus| cpus.len());
+    let mut kernel = Kernel::load(&kernel::Options {
+        btf: &recording.btf,
+        frequency: recording.frequency,
+        targets_only: limited,
+        rows: BufferRows::for_rate(cpus, recording.frequency, DRAIN_INTERVAL.as_secs()),
+        debug_log: logging.kernel_debug,
+    })?;
+    kernel.attach_notices()?;
+    for &pid in &recording.pids {
+        kernel.set_target(pid, target::SAMPLE | target::FOLLOW)?;
+    }
+    // Children that exist already: read after the fork notices are attached, so that none falls in between.
+    for descendant in children_of(&recording.pids) {
+        kernel.set_target(descendant, target::SAMPLE | target::FOLLOW)?;
+    }
+    if recording.command.is_empty() {
+        kernel.start()?;
+        return Ok((kernel, None));
+    }
+    // Our own children are recorded while the command starts, but not we ourselves.
+    let own = std::process::id();
+    kernel.set_target(own, target::FOLLOW)?;
+    kernel.start()?;
+    let child = Command::new(&recording.command[0])
+        .args(&recording.command[1..])
+        .spawn()
+        .with_context(|| format!("{} cannot be started", recording.command[0].display()))?;
+    kernel.remove_target(own)?;
+    Ok((kernel, Some(child)))
+}
+
+/// A command that outlives its recording was only started for it: it is asked to end, then made to.
+fn end_command(child: &mut Child) {
+    use nix::{
+        sys::signal::{Signal, kill},
+        unistd::Pid,
+    };
+    let exited = |child: &mut Child| matches!(child.try_wait(), Ok(Some(_)) | Err(_));
+    if exited(child) {
+        return;
+    }
+    if let Ok(pid) = i32::try_from(child.id()) {
+        // An error means that it has just ended.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+    }
+    let deadline = Instant::now() + END_GRACE;
+    while !exited(child) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    if !exited(child) {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+/// A bar on a terminal, nothing in a pipe.
+fn progress_bar(duration: Option<Duration>) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    match duration {
+        Some(duration) => ProgressBar::new(millis(duration)).with_style(
+            ProgressStyle::with_template("recording {bar:40} {elapsed} of {msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar()),
+        ),
+        None => ProgressBar::new_spinner(),
+    }
+    .with_message(duration.map_or_else(String::new, |duration| humantime::format_duration(duration).to_string()))
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// One profile out of the windows that were closed early because they were full.
+fn merge(profiles: Vec<Profile>, frequency: u64, duration: Duration) -> Profile {
+    let mut profiles = profiles.into_iter();
+    let mut merged = profiles.next().unwrap_or_else(|| Profile {
+        kind: EventKind::OnCpu,
+        start: std::time::SystemTime::now(),
+        duration,
+        period: Duration::from_nanos(1_000_000_000 / frequency),
+        samples: Vec::new(),
+    });
+    for profile in profiles {
+        merged.samples.extend(profile.samples);
+    }
+    merged.duration = duration;
+    merged
+}
+
+/// The last line: what was recorded, and what was not.
+fn summary(profile: &Profile, stats: &Stats, elapsed: Duration, reason: &str, output: &Output) -> String {
+    format!(
+        "recorded {:.1} s{reason}: {} samples in {} stacks to {}; seen {} = exported {} + lost {}",
+        elapsed.as_secs_f64(),
+        profile.total(),
+        profile.samples.len(),
+        output.name(),
+        stats.kernel(Counter::Seen),
+        stats.samples_exported.get(),
+        stats.lost_in_kernel() + stats.dropped().iter().map(|(_, _, count)| count).sum::<u64>(),
+    )
+}
+
+/// Where the recording goes. Checked before it begins; an existing file is replaced only by a whole new one.
+enum Output {
+    Stdout,
+    /// A device or pipe, written to directly.
+    Special(PathBuf),
+    File {
+        path: PathBuf,
+        temporary: PathBuf,
+        file: fs::File,
+    },
+}
+
+impl Output {
+    fn open(path: PathBuf) -> anyhow::Result<Self> {
+        if path == Path::new("-") {
+            return Ok(Self::Stdout);
+        }
+        let cannot = || format!("{} cannot be written", path.display());
+        match fs::metadata(&path) {
+            Ok(metadata) if metadata.is_dir() => bail!("{} is a directory; name a file in it", path.display()),
+            Ok(metadata) if !metadata.is_file() => {
+                fs::OpenOptions::new().write(true).open(&path).with_context(cannot)?;
+                return Ok(Self::Special(path));
+            }
+            Ok(_) => {
+                fs::OpenOptions::new().append(true).open(&path).with_context(cannot)?;
+            }
+            Err(_) => {}
+        }
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".partial-{}", std::process::id()));
+        let temporary = path.with_file_name(name);
+        let file = fs::File::create(&temporary).with_context(cannot)?;
+        Ok(Self::File { path, temporary, file })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
+        match self {
+            Self::Stdout => {
+                let mut stdout = std::io::stdout().lock();
+                stdout.write_all(bytes).and_then(|()| stdout.flush()).context("standard output cannot be written")
+            }
+            Self::Special(path) => fs::OpenOptions::new()
+                .write(true)
+                .open(&path)
+                .and_then(|mut file| file.write_all(bytes))
+                .with_context(|| format!("{} cannot be written", path.display())),
+            Self::File { path, temporary, file } => file
+                .write_all(bytes)
+                .and_then(|()| fs::rename(&temporary, &path))
+                .with_context(|| format!("{} cannot be written", path.display())),
+        }
+    }
+
+    /// Leaves nothing behind of a recording that failed.
+    fn discard(&self) {
+        if let Self::File { temporary, .. } = self {
+            // It is gone already when the failure came after the rename.
+            let _ = fs::remove_file(temporary);
+        }
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Self::Stdout => "standard output".to_owned(),
+            Self::Special(path) | Self::File { path, .. } => path.display().to_string(),
+        }
+    }
+}

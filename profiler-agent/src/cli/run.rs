@@ -1,0 +1,200 @@
+//! `profiler-agent run`: the daemon.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use clap::Args;
+use tokio::{net::TcpListener, sync::mpsc};
+use tracing::{info, warn};
+
+use super::logging::Logging;
+use crate::{
+    config::{Config, Overrides},
+    export::otlp::{self, Client},
+    kernel::{self, BufferRows, Kernel, privileges},
+    pipeline::{self, DRAIN_INTERVAL, Pipeline},
+    profile::Profile,
+    status::{self, Stats},
+};
+
+const FRAME_CACHE_BYTES: usize = 16 << 20;
+/// Times a request is sent before its samples are given up.
+const SEND_ATTEMPTS: u32 = 5;
+/// Pause before the first repetition; doubles with each.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// How long the last window may take to be delivered at shutdown.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Run the daemon: sample all the time, export over OTLP, serve status on the loopback interface.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Arguments {
+    /// YAML configuration file. Flags and environment override it.
+    #[arg(long, env = "PROFILER_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Samples per second and CPU.
+    #[arg(long, env = "PROFILER_FREQUENCY")]
+    frequency: Option<u64>,
+    /// OTLP gRPC endpoint that profiles are sent to. OTEL_EXPORTER_OTLP_ENDPOINT is used where this is not set.
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_PROFILES_ENDPOINT", value_name = "URL")]
+    endpoint: Option<String>,
+    /// How long samples are aggregated before they are exported.
+    #[arg(long, env = "PROFILER_WINDOW", value_parser = humantime::parse_duration)]
+    window: Option<Duration>,
+    /// Address of /metrics, /healthz and /readyz.
+    #[arg(long, env = "PROFILER_STATUS_LISTEN", value_name = "ADDRESS")]
+    status_listen: Option<SocketAddr>,
+    /// The kernel's type information, where it is not in its usual place.
+    #[arg(long, value_name = "FILE", default_value = kernel::DEFAULT_BTF, hide = true)]
+    btf: PathBuf,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  profiler-agent run
+  profiler-agent run --config /etc/profiler/agent.yaml
+  OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4317 profiler-agent run --log-format json
+
+Configuration file, with the defaults:
+  sampling:
+    frequency: 99
+  export:
+    endpoint: http://127.0.0.1:4317
+    window: 15s
+  status:
+    listen: 127.0.0.1:7081
+
+SIGINT and SIGTERM stop the daemon; the last window is exported first.";
+
+pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<ExitCode> {
+    let overrides = Overrides {
+        frequency: arguments.frequency,
+        endpoint: arguments.endpoint.or_else(|| std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok()),
+        window: arguments.window,
+        status: arguments.status_listen,
+    };
+    let config = Config::load(arguments.config.as_deref(), overrides)?;
+    privileges::check()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("the event loop could not be started")?;
+    runtime.block_on(run(config, &arguments.btf, logging))
+}
+
+async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow::Result<ExitCode> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let started = std::time::Instant::now();
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
+    let client = Client::new(&config.endpoint)?;
+    let listener = TcpListener::bind(config.status)
+        .await
+        .with_context(|| format!("the status endpoint cannot listen on {}", config.status))?;
+
+    let stats = Arc::new(Stats::default());
+    let status = tokio::spawn(status::serve(listener, Arc::clone(&stats)));
+    let cpus = kernel::online_cpus().map_or(1, |cpus| cpus.len());
+    let mut kernel = Kernel::load(&kernel::Options {
+        btf,
+        frequency: config.frequency,
+        targets_only: false,
+        rows: BufferRows::for_rate(cpus, config.frequency, DRAIN_INTERVAL.as_secs()),
+        debug_log: logging.kernel_debug,
+    })?;
+    kernel.attach_notices()?;
+    kernel.start()?;
+    info!(
+        "sampling {} CPUs at {} Hz by {}, {} ms after start; exporting to {} every {}; status on http://{}/metrics",
+        kernel.clock().cpus(),
+        config.frequency,
+        kernel.clock().source().map_or_else(String::new, |source| source.to_string()),
+        started.elapsed().as_millis(),
+        client.endpoint(),
+        humantime::format_duration(config.window),
+        config.status,
+    );
+    if !kernel.features().mmap_hook {
+        info!(
+            "new mappings are not announced here (`profiler-agent check` says why); they are read when a process is first sampled"
+        );
+    }
+    stats.set_clock(kernel.clock().cpus());
+    let options = pipeline::Options {
+        period: Duration::from_nanos(1_000_000_000 / config.frequency),
+        window: Some(config.window),
+        frame_cache_bytes: FRAME_CACHE_BYTES,
+        watch: None,
+    };
+    let (mut pipeline, profiles) = Pipeline::start(kernel, options, &stats)?;
+    stats.set_ready(true);
+    let mut exporter = tokio::spawn(export(client, profiles, Arc::clone(&stats)));
+
+    tokio::select! {
+        _ = interrupt.recv() => info!("interrupted: exporting the last window"),
+        _ = terminate.recv() => info!("terminated: exporting the last window"),
+        // The queue of profiles closes by itself only when collection failed.
+        _ = &mut exporter => {}
+    }
+    stats.set_ready(false);
+    pipeline.stop();
+    if !exporter.is_finished() && tokio::time::timeout(FLUSH_TIMEOUT, &mut exporter).await.is_err() {
+        warn!("the last window could not be delivered within {FLUSH_TIMEOUT:?}");
+        exporter.abort();
+    }
+    let outcome = pipeline.join();
+    status.abort();
+    info!(
+        "stopped: seen {}, exported {}, lost in kernel {}, dropped {}",
+        stats.kernel(profiler_common::abi::counter::Counter::Seen),
+        stats.samples_exported.get(),
+        stats.lost_in_kernel(),
+        stats.dropped().iter().map(|(_, _, count)| count).sum::<u64>(),
+    );
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+/// Sends every profile that comes, in order, until the queue closes.
+async fn export(mut client: Client, mut profiles: mpsc::Receiver<Profile>, stats: Arc<Stats>) {
+    let mut reachable = true;
+    while let Some(profile) = profiles.recv().await {
+        for (samples, request) in otlp::requests(&profile) {
+            match send(&mut client, request, &stats).await {
+                Ok(rejected) => {
+                    stats.samples_exported.add(samples);
+                    stats.profiles_rejected.add(u64::try_from(rejected).unwrap_or_default());
+                    if !reachable {
+                        info!("{} accepts profiles again", client.endpoint());
+                    }
+                    reachable = true;
+                }
+                Err(error) => {
+                    stats.dropped_refused.add(samples);
+                    if reachable {
+                        warn!("{samples} samples were dropped: {}: {error}", client.endpoint());
+                    }
+                    reachable = false;
+                }
+            }
+        }
+    }
+}
+
+async fn send(
+    client: &mut Client,
+    request: opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfilesServiceRequest,
+    stats: &Stats,
+) -> Result<i64, otlp::ClientError> {
+    let mut pause = FIRST_PAUSE;
+    for _ in 1..SEND_ATTEMPTS {
+        match client.send(request.clone()).await {
+            Err(error) if error.is_retryable() => {
+                stats.export_retries.add(1);
+                tokio::time::sleep(pause).await;
+                pause *= 2;
+            }
+            outcome => return outcome,
+        }
+    }
+    client.send(request).await
+}

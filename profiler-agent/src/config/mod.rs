@@ -1,0 +1,182 @@
+//! The daemon's configuration: flags over environment over file over defaults, validated once.
+
+use std::{fs, net::SocketAddr, path::Path, time::Duration};
+
+use anyhow::{Context as _, bail};
+use serde::Deserialize;
+
+/// Samples per second and CPU. Off the round hundred, so that sampling does not keep step with timers.
+pub const DEFAULT_FREQUENCY: u64 = 99;
+/// Where a local Collector or profiler-server listens.
+const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:4317";
+const DEFAULT_STATUS: &str = "127.0.0.1:7081";
+const DEFAULT_WINDOW: Duration = Duration::from_secs(15);
+/// Shorter windows would swap buffers all the time, longer ones hold too much back.
+const WINDOW_RANGE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(600);
+
+/// The configuration file. Everything is optional.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct File {
+    sampling: Sampling,
+    export: Export,
+    status: Status,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Sampling {
+    frequency: Option<u64>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Export {
+    endpoint: Option<String>,
+    window: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Status {
+    listen: Option<String>,
+}
+
+/// What flags and environment set.
+#[derive(Clone, Debug, Default)]
+pub struct Overrides {
+    /// Samples per second and CPU.
+    pub frequency: Option<u64>,
+    /// OTLP endpoint.
+    pub endpoint: Option<String>,
+    /// Length of a window.
+    pub window: Option<Duration>,
+    /// Address of the status endpoint.
+    pub status: Option<SocketAddr>,
+}
+
+/// A valid configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Samples per second and CPU.
+    pub frequency: u64,
+    /// OTLP endpoint, gRPC.
+    pub endpoint: String,
+    /// How long samples are aggregated before they are exported.
+    pub window: Duration,
+    /// Address of the status endpoint.
+    pub status: SocketAddr,
+}
+
+impl Config {
+    /// Reads the file, if there is one, and puts the overrides on top.
+    pub fn load(path: Option<&Path>, overrides: Overrides) -> anyhow::Result<Self> {
+        let file = match path {
+            Some(path) => {
+                let text = fs::read_to_string(path)
+                    .with_context(|| format!("the configuration file {} cannot be read", path.display()))?;
+                parse(&text).with_context(|| format!("the configuration file {} is not valid", path.display()))?
+            }
+            None => File::default(),
+        };
+        Self::merge(file, overrides)
+    }
+
+    fn merge(file: File, overrides: Overrides) -> anyhow::Result<Self> {
+        let window = match (overrides.window, file.export.window) {
+            (Some(window), _) => window,
+            (None, Some(text)) => humantime::parse_duration(&text)
+                .with_context(|| format!("export.window: {text:?} is not a duration such as 15s or 1m"))?,
+            (None, None) => DEFAULT_WINDOW,
+        };
+        if !WINDOW_RANGE.contains(&window) {
+            bail!("export.window: {} is outside of 1s to 10m", humantime::format_duration(window));
+        }
+        let status = match (overrides.status, file.status.listen) {
+            (Some(address), _) => address,
+            (None, text) => {
+                let text = text.as_deref().unwrap_or(DEFAULT_STATUS);
+                text.parse()
+                    .with_context(|| format!("status.listen: {text:?} is not an address such as {DEFAULT_STATUS}"))?
+            }
+        };
+        Ok(Self {
+            frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
+            endpoint: overrides.endpoint.or(file.export.endpoint).unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
+            window,
+            status,
+        })
+    }
+}
+
+fn parse(text: &str) -> anyhow::Result<File> {
+    if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
+        return Ok(File::default());
+    }
+    Ok(serde_saphyr::from_str(text)?)
+}
+
+/// Checks a sampling frequency against what is sensible and what the kernel allows.
+pub fn valid_frequency(frequency: u64) -> anyhow::Result<u64> {
+    const KERNEL_LIMIT: &str = "/proc/sys/kernel/perf_event_max_sample_rate";
+    if frequency == 0 {
+        bail!("the sampling frequency must be at least 1 per second; {DEFAULT_FREQUENCY} is the default");
+    }
+    let allowed = fs::read_to_string(KERNEL_LIMIT).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(10_000);
+    if frequency > allowed {
+        bail!(
+            "the sampling frequency {frequency} is above the kernel's limit of {allowed} per second; \
+             lower it, or raise {KERNEL_LIMIT}"
+        );
+    }
+    Ok(frequency)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(yaml: &str, overrides: Overrides, expect: Result<Config, &str>) {
+        let result = parse(yaml).and_then(|file| Config::merge(file, overrides));
+        match (result, expect) {
+            (Ok(config), Ok(expected)) => assert_eq!(config, expected, "{yaml:?}"),
+            (Err(error), Err(expected)) => {
+                let text = format!("{error:#}");
+                assert!(text.contains(expected), "{yaml:?}: {text:?} does not say {expected:?}");
+            }
+            (result, expected) => panic!("{yaml:?}: {result:?} instead of {expected:?}"),
+        }
+    }
+
+    fn default() -> Config {
+        Config {
+            frequency: 99,
+            endpoint: DEFAULT_ENDPOINT.to_owned(),
+            window: DEFAULT_WINDOW,
+            status: "127.0.0.1:7081".parse().expect("an address"),
+        }
+    }
+
+    /// Nothing set is valid; the file overrides defaults; flags override the file.
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        check("", Overrides::default(), Ok(default()));
+        check("# only a comment\n", Overrides::default(), Ok(default()));
+        check("sampling:\n  frequency: 49\n", Overrides::default(), Ok(Config { frequency: 49, ..default() }));
+        check(
+            "sampling:\n  frequency: 49\nexport:\n  window: 1m\n",
+            Overrides { frequency: Some(19), ..Overrides::default() },
+            Ok(Config { frequency: 19, window: Duration::from_secs(60), ..default() }),
+        );
+    }
+
+    /// Every refusal names the setting and what would be accepted.
+    #[test]
+    fn refusals_name_the_setting() {
+        check("sampling:\n  frequncy: 49\n", Overrides::default(), Err("frequncy"));
+        check("export:\n  window: soon\n", Overrides::default(), Err("export.window"));
+        check("export:\n  window: 1ms\n", Overrides::default(), Err("1s to 10m"));
+        check("status:\n  listen: nowhere\n", Overrides::default(), Err("status.listen"));
+        check("", Overrides { frequency: Some(0), ..Overrides::default() }, Err("at least 1"));
+    }
+}

@@ -1,0 +1,134 @@
+//! Turns profiles into files and messages.
+
+pub mod folded;
+pub mod otlp;
+pub mod pprof;
+pub mod svg;
+
+use std::path::Path;
+
+use clap::ValueEnum;
+
+use crate::profile::{Profile, Sample};
+
+/// Form of a written profile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// One line per stack: `process;frame;...;leaf COUNT`, root first.
+    Folded,
+    /// Gzip-compressed protobuf for `go tool pprof` and its relatives.
+    Pprof,
+    /// Flame graph to open in a browser.
+    Svg,
+    /// OTLP export request, binary protobuf.
+    Otlp,
+}
+
+impl Format {
+    /// What a file's name asks for, if anything.
+    pub fn of_file_name(path: &Path) -> Option<Self> {
+        let name = path.file_name()?.to_str()?;
+        let ends = |suffixes: &[&str]| suffixes.iter().any(|suffix| name.ends_with(suffix));
+        if ends(&[".pb.gz", ".pprof", ".pprof.gz"]) {
+            Some(Self::Pprof)
+        } else if ends(&[".svg"]) {
+            Some(Self::Svg)
+        } else if ends(&[".folded", ".txt", ".collapsed"]) {
+            Some(Self::Folded)
+        } else if ends(&[".otlp", ".otlp.pb"]) {
+            Some(Self::Otlp)
+        } else {
+            None
+        }
+    }
+
+    /// Encodes a profile.
+    pub fn encode(self, profile: &Profile) -> anyhow::Result<Vec<u8>> {
+        match self {
+            Self::Folded => Ok(folded::encode(profile).into_bytes()),
+            Self::Pprof => pprof::encode(profile),
+            Self::Svg => svg::encode(profile),
+            Self::Otlp => Ok(otlp::encode(profile)),
+        }
+    }
+}
+
+/// Frame that stands at the root of a stack that is not whole, and says why.
+fn incomplete_marker(sample: &Sample) -> Option<String> {
+    (!sample.end.is_whole()).then(|| format!("[incomplete: {}]", sample.end.label()))
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! A small profile for the exporters' tests.
+
+    use std::{
+        sync::{Arc, Mutex},
+        time::{Duration, UNIX_EPOCH},
+    };
+
+    use profiler_common::abi::{
+        process::ProcessKey,
+        sample::{EventKind, StackEnd},
+    };
+
+    use crate::profile::{
+        Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, ProcessInfo, Profile, Sample, Segment,
+        VirtualAddress,
+    };
+
+    /// Two threads share a whole stack; a third has one that is cut off.
+    pub(crate) fn profile() -> Profile {
+        let executable = Arc::new(Executable {
+            id: ExecutableId(1),
+            path: "/opt/libx.so".to_owned(),
+            build_id: Some(vec![0xab; 20].into()),
+            segments: Box::new([Segment {
+                offset: FileOffset(0x1000),
+                size: 0x4000,
+                address: VirtualAddress(0x40_1000),
+            }]),
+            file: Mutex::new(None),
+        });
+        let native = |name, address| {
+            Arc::new(Frame { frame_type: FrameType::Native, name, executable: Some(Arc::clone(&executable)), address })
+        };
+        let function = |name: &str| FrameName::Function(name.into());
+        let kernel = Arc::new(Frame {
+            frame_type: FrameType::Kernel,
+            name: function("sys_read"),
+            executable: None,
+            address: 0xffff_ffff_8100_0000,
+        });
+        let unmapped = Arc::new(Frame {
+            frame_type: FrameType::Native,
+            name: FrameName::Unmapped,
+            executable: None,
+            address: 0x7f00_0000_1000,
+        });
+        let process = Arc::new(ProcessInfo {
+            key: ProcessKey { start_time_ns: 1, tgid: 42, exec_id: 0 },
+            name: "burner".to_owned(),
+        });
+        let sample = |thread: &str, end, frames, count| Sample {
+            process: Arc::clone(&process),
+            thread_name: thread.into(),
+            end,
+            frames,
+            count,
+        };
+        let whole =
+            || vec![Arc::clone(&kernel), native(function("work"), 0x40_1100), native(function("main"), 0x40_1200)];
+        Profile {
+            kind: EventKind::OnCpu,
+            start: UNIX_EPOCH + Duration::from_secs(1_700_000_000),
+            duration: Duration::from_secs(10),
+            period: Duration::from_nanos(10_101_010),
+            samples: vec![
+                sample("one", StackEnd::Root, whole(), 5),
+                sample("two", StackEnd::Root, whole(), 2),
+                sample("two", StackEnd::DepthLimit, vec![unmapped, native(FrameName::Unnamed, 0x40_1300)], 3),
+            ],
+        }
+    }
+}

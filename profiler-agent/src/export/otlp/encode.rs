@@ -1,0 +1,130 @@
+//! From a profile to export requests.
+
+use std::{collections::BTreeMap, time::UNIX_EPOCH};
+
+use opentelemetry_proto::tonic::{
+    collector::profiles::v1development::ExportProfilesServiceRequest,
+    common::v1::InstrumentationScope,
+    profiles::v1development::{
+        Profile as WireProfile, ResourceProfiles, Sample as WireSample, ScopeProfiles, ValueType,
+    },
+};
+use profiler_common::abi::sample::EventKind;
+
+use super::dictionary::{AttributeValue, Dictionary};
+use crate::{
+    label,
+    profile::{Profile, Sample},
+};
+
+/// Samples per request: keeps requests below the 4 MiB that gRPC receivers accept by default.
+const MAX_SAMPLES: usize = 4096;
+
+/// Encodes a profile, split into requests that receivers accept.
+pub fn requests(profile: &Profile) -> impl Iterator<Item = (u64, ExportProfilesServiceRequest)> {
+    profile.samples.chunks(MAX_SAMPLES).map(|samples| {
+        let total = samples.iter().map(|sample| sample.count).sum();
+        (total, request(profile, samples))
+    })
+}
+
+/// Encodes some of a profile's samples as one request: a resource per service.
+pub(super) fn request(profile: &Profile, samples: &[Sample]) -> ExportProfilesServiceRequest {
+    let mut by_service: BTreeMap<&str, Vec<&Sample>> = BTreeMap::new();
+    for sample in samples {
+        by_service.entry(label::service_name(&sample.process)).or_default().push(sample);
+    }
+    let mut dictionary = Dictionary::new();
+    let resource_profiles = by_service
+        .into_iter()
+        .map(|(service, samples)| ResourceProfiles {
+            resource: Some(label::resource(service)),
+            scope_profiles: vec![ScopeProfiles {
+                scope: Some(InstrumentationScope {
+                    name: env!("CARGO_PKG_NAME").to_owned(),
+                    version: env!("CARGO_PKG_VERSION").to_owned(),
+                    ..InstrumentationScope::default()
+                }),
+                profiles: vec![wire_profile(profile, &samples, &mut dictionary)],
+                schema_url: String::new(),
+            }],
+            schema_url: String::new(),
+        })
+        .collect();
+    ExportProfilesServiceRequest { resource_profiles, dictionary: Some(dictionary.into_tables()) }
+}
+
+fn wire_profile(profile: &Profile, samples: &[&Sample], dictionary: &mut Dictionary) -> WireProfile {
+    let (sample_type, period_type) = match profile.kind {
+        EventKind::OnCpu => (value_type(dictionary, "samples", "count"), value_type(dictionary, "cpu", "nanoseconds")),
+    };
+    let samples = samples
+        .iter()
+        .map(|sample| WireSample {
+            stack_index: dictionary.stack(&sample.frames),
+            attribute_indices: attributes(sample, dictionary),
+            link_index: 0,
+            values: vec![i64::try_from(sample.count).unwrap_or(i64::MAX)],
+            timestamps_unix_nano: Vec::new(),
+        })
+        .collect();
+    let nanos = |duration: std::time::Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+    WireProfile {
+        sample_type: Some(sample_type),
+        samples,
+        time_unix_nano: profile.start.duration_since(UNIX_EPOCH).map(nanos).unwrap_or_default(),
+        duration_nano: nanos(profile.duration),
+        period_type: Some(period_type),
+        period: i64::try_from(profile.period.as_nanos()).unwrap_or(i64::MAX),
+        ..WireProfile::default()
+    }
+}
+
+fn value_type(dictionary: &mut Dictionary, name: &str, unit: &str) -> ValueType {
+    ValueType { type_strindex: dictionary.string(name), unit_strindex: dictionary.string(unit) }
+}
+
+fn attributes(sample: &Sample, dictionary: &mut Dictionary) -> Vec<i32> {
+    let text = |text: &str| AttributeValue::Text(text.to_owned());
+    let mut attributes = vec![
+        dictionary.attribute("process.pid", AttributeValue::Number(i64::from(sample.process.key.tgid))),
+        dictionary.attribute("process.executable.name", text(&sample.process.name)),
+        dictionary.attribute("thread.name", text(&sample.thread_name)),
+    ];
+    if !sample.end.is_whole() {
+        attributes.push(dictionary.attribute("profiler.stack.end", text(sample.end.label())));
+    }
+    attributes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::testing;
+
+    /// Index 0 of every table is the zero value, every index is valid, and the values add up.
+    #[test]
+    fn keeps_the_dictionary_rules() {
+        let request = request(&testing::profile(), &testing::profile().samples);
+        let dictionary = request.dictionary.expect("a dictionary");
+        assert_eq!(dictionary.mapping_table[0], Default::default());
+        assert_eq!(dictionary.location_table[0], Default::default());
+        assert_eq!(dictionary.function_table[0], Default::default());
+        assert_eq!(dictionary.link_table[0], Default::default());
+        assert_eq!(dictionary.string_table[0], "");
+        assert_eq!(dictionary.attribute_table[0], Default::default());
+        assert_eq!(dictionary.stack_table[0], Default::default());
+        let inside = |index: i32, len: usize| usize::try_from(index).is_ok_and(|index| index < len);
+        let profile = &request.resource_profiles[0].scope_profiles[0].profiles[0];
+        assert_eq!(profile.samples.iter().map(|sample| sample.values[0]).sum::<i64>(), 10);
+        for sample in &profile.samples {
+            assert!(inside(sample.stack_index, dictionary.stack_table.len()));
+            assert!(sample.attribute_indices.iter().all(|&i| inside(i, dictionary.attribute_table.len())));
+        }
+        for stack in &dictionary.stack_table {
+            assert!(stack.location_indices.iter().all(|&i| inside(i, dictionary.location_table.len())));
+        }
+        // Threads that share a stack share its entry: the empty one and two more.
+        assert_eq!(dictionary.stack_table.len(), 3);
+    }
+}

@@ -1,0 +1,19 @@
+//! OTLP profiles (`opentelemetry.proto.profiles.v1development`, as of opentelemetry-proto v1.10).
+
+mod client;
+mod dictionary;
+mod encode;
+
+pub use self::{
+    client::{Client, ClientError},
+    encode::requests,
+};
+
+use prost::Message as _;
+
+use crate::profile::Profile;
+
+/// Encodes a profile as one binary export request: what a file holds.
+pub fn encode(profile: &Profile) -> Vec<u8> {
+    encode::request(profile, &profile.samples).encode_to_vec()
+}

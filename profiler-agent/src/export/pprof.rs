@@ -1,0 +1,302 @@
+//! pprof's `profile.proto`, gzip-compressed.
+//!
+//! The message types are written down here from
+//! <https://github.com/google/pprof/blob/main/proto/profile.proto>.
+
+use std::{collections::HashMap, io::Write as _, time::UNIX_EPOCH};
+
+use anyhow::Context as _;
+use flate2::{Compression, write::GzEncoder};
+use profiler_common::abi::sample::EventKind;
+use prost::Message;
+
+use super::incomplete_marker;
+use crate::profile::{ExecutableId, Frame, FrameName, FrameType, Profile};
+
+#[derive(Clone, PartialEq, Eq, Message)]
+struct ValueType {
+    #[prost(int64, tag = "1")]
+    r#type: i64,
+    #[prost(int64, tag = "2")]
+    unit: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct PprofSample {
+    #[prost(uint64, repeated, tag = "1")]
+    location_id: Vec<u64>,
+    #[prost(int64, repeated, tag = "2")]
+    value: Vec<i64>,
+    #[prost(message, repeated, tag = "3")]
+    label: Vec<Label>,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+struct Label {
+    #[prost(int64, tag = "1")]
+    key: i64,
+    #[prost(int64, tag = "2")]
+    str: i64,
+    #[prost(int64, tag = "3")]
+    num: i64,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+struct PprofMapping {
+    #[prost(uint64, tag = "1")]
+    id: u64,
+    #[prost(uint64, tag = "2")]
+    memory_start: u64,
+    #[prost(uint64, tag = "3")]
+    memory_limit: u64,
+    #[prost(uint64, tag = "4")]
+    file_offset: u64,
+    #[prost(int64, tag = "5")]
+    filename: i64,
+    #[prost(int64, tag = "6")]
+    build_id: i64,
+    #[prost(bool, tag = "7")]
+    has_functions: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct PprofLocation {
+    #[prost(uint64, tag = "1")]
+    id: u64,
+    #[prost(uint64, tag = "2")]
+    mapping_id: u64,
+    #[prost(uint64, tag = "3")]
+    address: u64,
+    #[prost(message, repeated, tag = "4")]
+    line: Vec<PprofLine>,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+struct PprofLine {
+    #[prost(uint64, tag = "1")]
+    function_id: u64,
+    #[prost(int64, tag = "2")]
+    line: i64,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+struct PprofFunction {
+    #[prost(uint64, tag = "1")]
+    id: u64,
+    #[prost(int64, tag = "2")]
+    name: i64,
+    #[prost(int64, tag = "3")]
+    system_name: i64,
+    #[prost(int64, tag = "4")]
+    filename: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct PprofProfile {
+    #[prost(message, repeated, tag = "1")]
+    sample_type: Vec<ValueType>,
+    #[prost(message, repeated, tag = "2")]
+    sample: Vec<PprofSample>,
+    #[prost(message, repeated, tag = "3")]
+    mapping: Vec<PprofMapping>,
+    #[prost(message, repeated, tag = "4")]
+    location: Vec<PprofLocation>,
+    #[prost(message, repeated, tag = "5")]
+    function: Vec<PprofFunction>,
+    #[prost(string, repeated, tag = "6")]
+    string_table: Vec<String>,
+    #[prost(int64, tag = "9")]
+    time_nanos: i64,
+    #[prost(int64, tag = "10")]
+    duration_nanos: i64,
+    #[prost(message, optional, tag = "11")]
+    period_type: Option<ValueType>,
+    #[prost(int64, tag = "12")]
+    period: i64,
+    #[prost(int64, tag = "14")]
+    default_sample_type: i64,
+}
+
+/// Encodes a profile.
+pub fn encode(profile: &Profile) -> anyhow::Result<Vec<u8>> {
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::default());
+    gzip.write_all(&build(profile).encode_to_vec())
+        .and_then(|()| gzip.finish())
+        .context("the profile could not be compressed")
+}
+
+fn build(profile: &Profile) -> PprofProfile {
+    let mut tables = Tables::default();
+    tables.string("");
+    let period = i64::try_from(profile.period.as_nanos()).unwrap_or(i64::MAX);
+    let (time_type, samples_type) = match profile.kind {
+        EventKind::OnCpu => (tables.value_type("cpu", "nanoseconds"), tables.value_type("samples", "count")),
+    };
+    let samples = profile
+        .samples
+        .iter()
+        .map(|sample| {
+            let mut location_id: Vec<u64> = sample.frames.iter().map(|frame| tables.location(frame)).collect();
+            let mut label = vec![
+                Label { key: tables.string("pid"), str: 0, num: i64::from(sample.process.key.tgid) },
+                Label { key: tables.string("thread_name"), str: tables.string(&sample.thread_name), num: 0 },
+                Label { key: tables.string("process_name"), str: tables.string(&sample.process.name), num: 0 },
+            ];
+            if let Some(marker) = incomplete_marker(sample) {
+                location_id.push(tables.marker(&marker));
+                label.push(Label { key: tables.string("stack_end"), str: tables.string(sample.end.label()), num: 0 });
+            }
+            let count = i64::try_from(sample.count).unwrap_or(i64::MAX);
+            PprofSample { location_id, value: vec![count, count.saturating_mul(period)], label }
+        })
+        .collect();
+    PprofProfile {
+        sample_type: vec![samples_type, time_type.clone()],
+        sample: samples,
+        time_nanos: profile
+            .start
+            .duration_since(UNIX_EPOCH)
+            .ok()
+            .and_then(|since| i64::try_from(since.as_nanos()).ok())
+            .unwrap_or_default(),
+        duration_nanos: i64::try_from(profile.duration.as_nanos()).unwrap_or(i64::MAX),
+        default_sample_type: time_type.r#type,
+        period_type: Some(time_type),
+        period,
+        mapping: tables.mappings,
+        location: tables.locations,
+        function: tables.functions,
+        string_table: tables.strings,
+    }
+}
+
+/// The message's tables, each entry interned once.
+#[derive(Default)]
+struct Tables {
+    strings: Vec<String>,
+    string_indices: HashMap<String, i64>,
+    functions: Vec<PprofFunction>,
+    function_ids: HashMap<i64, u64>,
+    mappings: Vec<PprofMapping>,
+    /// By file (none: the kernel) and start.
+    mapping_ids: HashMap<(Option<ExecutableId>, u64), u64>,
+    locations: Vec<PprofLocation>,
+    location_ids: HashMap<(u64, u64, u64), u64>,
+}
+
+impl Tables {
+    fn string(&mut self, text: &str) -> i64 {
+        if let Some(&index) = self.string_indices.get(text) {
+            return index;
+        }
+        let index = self.strings.len() as i64;
+        self.strings.push(text.to_owned());
+        self.string_indices.insert(text.to_owned(), index);
+        index
+    }
+
+    fn value_type(&mut self, name: &str, unit: &str) -> ValueType {
+        ValueType { r#type: self.string(name), unit: self.string(unit) }
+    }
+
+    fn function(&mut self, name: &str) -> u64 {
+        let name = self.string(name);
+        let functions = &mut self.functions;
+        *self.function_ids.entry(name).or_insert_with(|| {
+            let id = functions.len() as u64 + 1;
+            functions.push(PprofFunction { id, name, system_name: name, filename: 0 });
+            id
+        })
+    }
+
+    fn mapping(&mut self, frame: &Frame) -> u64 {
+        let (id, path, build_id) = match (&frame.executable, frame.frame_type) {
+            (Some(executable), _) => (Some(executable.id), executable.path.as_str(), executable.build_id.as_deref()),
+            (None, FrameType::Kernel) => (None, "[kernel.kallsyms]", None),
+            (None, FrameType::Native) => return 0,
+        };
+        let segment = frame.executable.as_ref().and_then(|executable| executable.segment_at(frame.address));
+        let (start, limit, file_offset) =
+            segment.map_or((0, u64::MAX, 0), |s| (s.address.0, s.address.0.saturating_add(s.size), s.offset.0));
+        if let Some(&known) = self.mapping_ids.get(&(id, start)) {
+            return known;
+        }
+        let mapping_id = self.mappings.len() as u64 + 1;
+        let mapping = PprofMapping {
+            id: mapping_id,
+            memory_start: start,
+            memory_limit: limit,
+            file_offset,
+            filename: self.string(path),
+            build_id: self.string(&build_id.map(hex).unwrap_or_default()),
+            has_functions: true,
+        };
+        self.mappings.push(mapping);
+        self.mapping_ids.insert((id, start), mapping_id);
+        mapping_id
+    }
+
+    fn location(&mut self, frame: &Frame) -> u64 {
+        let mapping = self.mapping(frame);
+        // Frames without a function keep their address; their file stands in for the name.
+        let function = self.function(&match &frame.name {
+            FrameName::Function(name) => name.to_string(),
+            _ => frame.display_name(),
+        });
+        self.add_location(mapping, frame.address, function)
+    }
+
+    fn marker(&mut self, name: &str) -> u64 {
+        let function = self.function(name);
+        self.add_location(0, 0, function)
+    }
+
+    fn add_location(&mut self, mapping_id: u64, address: u64, function_id: u64) -> u64 {
+        let locations = &mut self.locations;
+        *self.location_ids.entry((mapping_id, address, function_id)).or_insert_with(|| {
+            let id = locations.len() as u64 + 1;
+            locations.push(PprofLocation { id, mapping_id, address, line: vec![PprofLine { function_id, line: 0 }] });
+            id
+        })
+    }
+}
+
+/// Lower-case hexadecimal digits.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // SANITY: writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::testing;
+
+    /// Every reference points at an entry, and the values add up.
+    #[test]
+    fn refers_only_to_what_it_holds() {
+        let profile = testing::profile();
+        let built = build(&profile);
+        assert_eq!(built.string_table[0], "");
+        let total: i64 = built.sample.iter().map(|sample| sample.value[0]).sum();
+        assert_eq!(total, 10);
+        for sample in &built.sample {
+            assert_eq!(sample.value[1], sample.value[0] * built.period);
+            for &id in &sample.location_id {
+                let location = &built.locations()[&id];
+                assert!(location.line.iter().all(|line| (1..=built.function.len() as u64).contains(&line.function_id)));
+                assert!(location.mapping_id <= built.mapping.len() as u64);
+            }
+        }
+    }
+
+    impl PprofProfile {
+        fn locations(&self) -> HashMap<u64, &PprofLocation> {
+            self.location.iter().map(|location| (location.id, location)).collect()
+        }
+    }
+}

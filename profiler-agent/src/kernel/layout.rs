@@ -1,0 +1,71 @@
+//! The running kernel's struct layout and features, as the kernel programs need them.
+
+use std::path::Path;
+
+use profiler_common::abi::settings::{KernelLayout, LAYOUT_MAGIC};
+
+use super::{
+    KernelError,
+    btf::{BtfError, KernelTypes},
+};
+
+/// Size of an x86_64 kernel stack (`THREAD_SIZE`, `arch/x86/include/asm/page_64_types.h`, without KASAN).
+const THREAD_SIZE: u32 = 16 << 10;
+
+const STRUCTS: &[&str] =
+    &["task_struct", "signal_struct", "vm_area_struct", "file", "path", "dentry", "qstr", "inode", "super_block"];
+
+/// Optional parts of the kernel that change which programs are loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Features {
+    /// `bpf_loop` (5.17): deeper user stacks.
+    pub bpf_loop: bool,
+    /// `bpf_task_pt_regs` (5.15): user registers without assuming the stack's layout.
+    pub task_pt_regs: bool,
+    /// `perf_event_mmap` can be named as a trampoline target: mappings are announced as they appear.
+    pub mmap_hook: bool,
+}
+
+/// Reads layout and features from the BTF at `path`.
+pub fn read(path: &Path) -> Result<(KernelLayout, Features), KernelError> {
+    let types = KernelTypes::read(path, STRUCTS, &["bpf_loop", "bpf_task_pt_regs", "perf_event_mmap"])?;
+    let features = Features {
+        bpf_loop: types.has_function("bpf_loop"),
+        task_pt_regs: types.has_function("bpf_task_pt_regs"),
+        mmap_hook: types.has_function("perf_event_mmap"),
+    };
+    let offset = |structure: &'static str, member: &'static str| {
+        types.offset(structure, member).ok_or(KernelError::MissingMember { structure, member })
+    };
+    let layout = KernelLayout {
+        task_stack: offset("task_struct", "stack")?,
+        task_flags: offset("task_struct", "flags")?,
+        task_tgid: offset("task_struct", "tgid")?,
+        task_group_leader: offset("task_struct", "group_leader")?,
+        task_start_boottime: offset("task_struct", "start_boottime")?,
+        task_self_exec_id: offset("task_struct", "self_exec_id")?,
+        task_comm: offset("task_struct", "comm")?,
+        task_signal: offset("task_struct", "signal")?,
+        signal_live: offset("signal_struct", "live")?,
+        vma_start: offset("vm_area_struct", "vm_start")?,
+        vma_end: offset("vm_area_struct", "vm_end")?,
+        vma_pgoff: offset("vm_area_struct", "vm_pgoff")?,
+        vma_flags: offset("vm_area_struct", "vm_flags")?,
+        vma_file: offset("vm_area_struct", "vm_file")?,
+        file_inode: offset("file", "f_inode")?,
+        file_dentry: offset("file", "f_path")? + offset("path", "dentry")?,
+        dentry_name: offset("dentry", "d_name")? + offset("qstr", "name")?,
+        inode_number: offset("inode", "i_ino")?,
+        inode_super_block: offset("inode", "i_sb")?,
+        super_block_device: offset("super_block", "s_dev")?,
+        thread_size: THREAD_SIZE,
+        magic: LAYOUT_MAGIC,
+    };
+    Ok((layout, features))
+}
+
+impl From<BtfError> for KernelError {
+    fn from(error: BtfError) -> Self {
+        Self::Btf(error)
+    }
+}

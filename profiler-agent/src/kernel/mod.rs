@@ -1,0 +1,303 @@
+//! Everything that touches the kernel's BPF and perf interfaces; the only user of aya.
+//!
+//! In: settings. Out: raw rows and notices as bytes of the ABI's records, and counters. What they mean is
+//! decided elsewhere.
+
+mod batch;
+mod btf;
+mod buffers;
+mod clock;
+mod cpus;
+mod layout;
+pub mod privileges;
+mod rings;
+
+use std::{io, path::Path};
+
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    maps::{ArrayOfMaps, HashMap, MapData, MapError, PerCpuArray},
+    programs::{BtfTracePoint, FEntry, PerfEvent, ProgramError},
+};
+use aya_log::EbpfLogger;
+use profiler_common::abi::{
+    counter::Counter,
+    sample::{LARGE_FRAMES, MEDIUM_FRAMES, SMALL_FRAMES, Sample},
+    settings::{SETTINGS_MAGIC, Settings},
+};
+use thiserror::Error;
+use tracing::{debug, warn};
+use zerocopy::IntoBytes as _;
+
+use self::buffers::DoubleBuffer;
+pub use self::{
+    btf::BtfError,
+    buffers::BufferRows,
+    clock::{Clock, ClockSource},
+    cpus::online as online_cpus,
+    layout::Features,
+    rings::{DebugLog, Ring},
+};
+
+/// The kernel programs, built from `profiler-ebpf` by the build script.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PROFILER_EBPF_OBJECT"));
+
+/// Where the kernel keeps its type information.
+pub const DEFAULT_BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// Why the kernel side could not be set up or read.
+#[derive(Debug, Error)]
+pub enum KernelError {
+    /// No usable type information.
+    #[error(transparent)]
+    Btf(BtfError),
+    /// The kernel's structs are not shaped as expected.
+    #[error("this kernel's {structure} has no member {member}; Linux 5.10 or later is needed")]
+    MissingMember {
+        /// The struct.
+        structure: &'static str,
+        /// The member.
+        member: &'static str,
+    },
+    /// A program was refused.
+    #[error("the kernel refused the program {program}: {}", first_line(.error))]
+    Program {
+        /// Its name in the object.
+        program: &'static str,
+        /// What aya or the kernel said.
+        error: ProgramError,
+    },
+    /// The object could not be loaded.
+    #[error("the kernel programs could not be loaded: {}", first_line(.0))]
+    Load(#[from] aya::EbpfError),
+    /// A map operation failed.
+    #[error("a BPF map operation failed: {0}")]
+    Map(#[from] MapError),
+    /// The object lacks a program or map: a bug in the build.
+    #[error("the embedded kernel programs have no {0}")]
+    MissingPart(&'static str),
+    /// A system call failed.
+    #[error("{what} failed: {error}")]
+    System {
+        /// What was attempted.
+        what: &'static str,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The sampling event could not be opened.
+    #[error("sampling events cannot be opened on CPU {cpu}: {error}; see `profiler-agent check`")]
+    Clock {
+        /// The CPU.
+        cpu: u32,
+        /// What the system said.
+        error: ProgramError,
+    },
+}
+
+/// A verifier log follows an error's first line; people get the line, the debug log the rest.
+fn first_line(error: &(impl std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        source = inner.source();
+    }
+    debug!("{text}");
+    let line = text.lines().next().unwrap_or_default();
+    line.split(" Verifier output:").next().unwrap_or(line).trim_end_matches('.').to_owned()
+}
+
+/// What to load, and how.
+#[derive(Clone, Debug)]
+pub struct Options<'a> {
+    /// Where to read the kernel's type information.
+    pub btf: &'a Path,
+    /// Samples per second and CPU.
+    pub frequency: u64,
+    /// Sample only processes named with [`Kernel::set_target`], and their children.
+    pub targets_only: bool,
+    /// Rows of the sample buffers.
+    pub rows: BufferRows,
+    /// Let the programs log through aya-log.
+    pub debug_log: bool,
+}
+
+/// The loaded kernel programs and their maps.
+pub struct Kernel {
+    ebpf: Ebpf,
+    clock: Clock,
+    small: DoubleBuffer,
+    medium: DoubleBuffer,
+    large: DoubleBuffer,
+    counters: PerCpuArray<MapData, u64>,
+    targets: HashMap<MapData, u32, u32>,
+    features: Features,
+    debug_log: bool,
+}
+
+impl Kernel {
+    /// Loads programs and maps. Nothing is sampled before [`Self::start`].
+    pub fn load(options: &Options<'_>) -> Result<Self, KernelError> {
+        let (layout, features) = layout::read(options.btf)?;
+        let settings = Settings {
+            targets_only: u32::from(options.targets_only),
+            has_task_pt_regs: u32::from(features.task_pt_regs),
+            reserved: 0,
+            magic: SETTINGS_MAGIC,
+        };
+        let types = Btf::parse_file(options.btf, aya::Endianness::default())
+            .map_err(|error| KernelError::Load(aya::EbpfError::BtfError(error)))?;
+        let log_level: u8 = if options.debug_log { aya_log::Level::Debug as u8 } else { 0 };
+        let mut ebpf = EbpfLoader::new()
+            .btf(Some(&types))
+            .override_global("SETTINGS", settings.as_bytes(), true)
+            .override_global("LAYOUT", layout.as_bytes(), true)
+            .override_global(aya_log::LEVEL, &log_level, true)
+            .load(OBJECT)?;
+
+        let buffer = |ebpf: &mut Ebpf, name: &'static str, value_size: usize, rows: u32| {
+            let slot: ArrayOfMaps<MapData, MapData> = take_map(ebpf, name)?;
+            DoubleBuffer::new(slot, value_size, rows)
+        };
+        let rows = options.rows;
+        let small = buffer(&mut ebpf, "SAMPLES_SMALL", size_of::<Sample<SMALL_FRAMES>>(), rows.small)?;
+        let medium = buffer(&mut ebpf, "SAMPLES_MEDIUM", size_of::<Sample<MEDIUM_FRAMES>>(), rows.medium)?;
+        let large = buffer(&mut ebpf, "SAMPLES_LARGE", size_of::<Sample<LARGE_FRAMES>>(), rows.large)?;
+        let counters = take_map(&mut ebpf, "COUNTERS")?;
+        let targets = take_map(&mut ebpf, "TARGETS")?;
+
+        for (name, event) in [
+            ("process_fork", "sched_process_fork"),
+            ("process_exec", "sched_process_exec"),
+            ("process_exit", "sched_process_exit"),
+        ] {
+            let program: &mut BtfTracePoint = program(&mut ebpf, name)?;
+            program.load(event, &types).map_err(|error| KernelError::Program { program: name, error })?;
+        }
+        let mut features = features;
+        if features.mmap_hook {
+            let hook: &mut FEntry = program(&mut ebpf, "file_mapped")?;
+            if let Err(error) = hook.load("perf_event_mmap", &types) {
+                debug!("mappings are not announced by this kernel: {}", first_line(&error));
+                features.mmap_hook = false;
+            }
+        }
+        let clock_program = if features.bpf_loop { "on_cpu_loop" } else { "on_cpu_bounded" };
+        let program: &mut PerfEvent = program(&mut ebpf, clock_program)?;
+        program.load().map_err(|error| KernelError::Program { program: clock_program, error })?;
+        let clock = Clock::new(clock_program, options.frequency);
+        Ok(Self { ebpf, clock, small, medium, large, counters, targets, features, debug_log: options.debug_log })
+    }
+
+    /// Attaches the process notices: from here on every fork, exec, exit and mapping is announced.
+    pub fn attach_notices(&mut self) -> Result<(), KernelError> {
+        for name in ["process_fork", "process_exec", "process_exit"] {
+            let program: &mut BtfTracePoint = program(&mut self.ebpf, name)?;
+            program.attach().map_err(|error| KernelError::Program { program: name, error })?;
+        }
+        if self.features.mmap_hook {
+            let hook: &mut FEntry = program(&mut self.ebpf, "file_mapped")?;
+            if let Err(error) = hook.attach() {
+                debug!("mappings are not announced by this kernel: {}", first_line(&error));
+                self.features.mmap_hook = false;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the sampling clock on every online CPU.
+    pub fn start(&mut self) -> Result<(), KernelError> {
+        self.clock.start(&mut self.ebpf)
+    }
+
+    /// Starts the clock on CPUs that came online and forgets those that went.
+    pub fn follow_hotplug(&mut self) -> Result<(), KernelError> {
+        self.clock.follow_hotplug(&mut self.ebpf)
+    }
+
+    /// Stops the sampling clock everywhere; samples already taken stay in the buffers.
+    pub fn stop(&mut self) -> Result<(), KernelError> {
+        self.clock.stop(&mut self.ebpf)
+    }
+
+    /// What the clock is.
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// What this kernel offers.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// The process notices' ring.
+    pub fn take_notices(&mut self) -> Result<Ring, KernelError> {
+        Ok(Ring(take_map(&mut self.ebpf, "NOTICES")?))
+    }
+
+    /// The ring of samples that found their buffer full; readable means: drain now.
+    pub fn take_overflow(&mut self) -> Result<Ring, KernelError> {
+        Ok(Ring(take_map(&mut self.ebpf, "OVERFLOW")?))
+    }
+
+    /// The programs' debug log; `None` unless it was asked for at load.
+    pub fn take_log(&mut self) -> Option<DebugLog> {
+        if !self.debug_log {
+            return None;
+        }
+        EbpfLogger::init(&mut self.ebpf)
+            .map(DebugLog)
+            .inspect_err(|error| warn!("the kernel programs' debug log is not available: {error}"))
+            .ok()
+    }
+
+    /// Empties the overflow ring and every buffer, row by row. Rows are bytes of a `Sample`, header first.
+    pub fn drain(&mut self, overflow: &mut Ring, mut row: impl FnMut(&[u8])) -> Result<(), KernelError> {
+        self.small.drain(&mut row)?;
+        self.medium.drain(&mut row)?;
+        self.large.drain(&mut row)?;
+        overflow.read(row);
+        Ok(())
+    }
+
+    /// Sums every counter over all CPUs, in the order of [`Counter::ALL`].
+    pub fn counters(&self) -> Result<Vec<u64>, KernelError> {
+        Counter::ALL.iter().map(|&counter| Ok(self.counters.get(&(counter as u32), 0)?.iter().sum())).collect()
+    }
+
+    /// Makes a process part of the recording, with `abi::settings::target` flags.
+    pub fn set_target(&mut self, tgid: u32, flags: u32) -> Result<(), KernelError> {
+        Ok(self.targets.insert(tgid, flags, 0)?)
+    }
+
+    /// Takes a process out of the recording.
+    pub fn remove_target(&mut self, tgid: u32) -> Result<(), KernelError> {
+        match self.targets.remove(&tgid) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// How many processes are being recorded, when the scope is limited; exited ones do not count.
+    pub fn targets_left(&self) -> usize {
+        self.targets.keys().count()
+    }
+}
+
+fn take_map<M: TryFrom<aya::maps::Map, Error = MapError>>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+) -> Result<M, KernelError> {
+    Ok(M::try_from(ebpf.take_map(name).ok_or(KernelError::MissingPart(name))?)?)
+}
+
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, KernelError>
+where
+    &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+{
+    let program = ebpf.program_mut(name).ok_or(KernelError::MissingPart(name))?;
+    program.try_into().map_err(|error| KernelError::Program { program: name, error })
+}

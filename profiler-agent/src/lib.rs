@@ -1,0 +1,16 @@
+//! The profiler's agent: samples a machine through kernel programs, names what it sees, and exports profiles.
+//!
+//! Data flows from [`kernel`] through [`process`], [`symbolize`] and [`aggregate`] to [`export`]; the stages
+//! share the nouns in [`profile`] and meet only in [`pipeline`].
+
+pub mod aggregate;
+pub mod cli;
+pub mod config;
+pub mod export;
+pub mod kernel;
+pub mod label;
+pub mod pipeline;
+pub mod process;
+pub mod profile;
+pub mod status;
+pub mod symbolize;

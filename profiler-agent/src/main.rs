@@ -1,0 +1,5 @@
+//! The `profiler-agent` binary.
+
+fn main() -> std::process::ExitCode {
+    profiler_agent::cli::main()
+}

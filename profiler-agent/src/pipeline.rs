@@ -1,0 +1,317 @@
+//! Names every stage, the queues between them with their bounds, and the order of shutdown.
+//!
+//! ```text
+//! collector thread                         namer thread                   caller
+//! kernel ─► drain ─► locate ──(batches)──► name ─► aggregate ──(profiles)──► export
+//!    ▲        notices ─► process table
+//! ```
+//!
+//! Both queues are bounded. When the namer falls behind, the collector stops draining and the kernel's
+//! buffers fill up: what does not fit is counted there. When exporters fall behind, whole profiles are
+//! dropped here, and counted.
+//!
+//! Shutdown runs along the flow: the clock stops, the last buffers are drained, named and aggregated, and
+//! the queue of profiles is closed behind the last one.
+
+use std::{
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use profiler_common::abi::sample::EventKind;
+use tokio::{
+    io::unix::AsyncFd,
+    sync::{mpsc, oneshot},
+    time::{MissedTickBehavior, interval_at},
+};
+use tracing::{error, warn};
+
+use crate::{
+    aggregate::Window,
+    kernel::{DebugLog, Kernel, KernelError, Ring},
+    process::ProcessTable,
+    profile::{LocatedSample, Profile, RawSample},
+    status::Stats,
+    symbolize::FrameNamer,
+};
+
+/// Time between two drains: how long an exited process may have to be remembered, and how much the kernel's
+/// buffers have to hold.
+pub const DRAIN_INTERVAL: Duration = Duration::from_secs(5);
+/// Batches that may wait for the namer.
+const BATCH_QUEUE: usize = 4;
+/// Profiles that may wait for the exporters.
+const PROFILE_QUEUE: usize = 8;
+
+/// What a pipeline is made of.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// CPU time one sample stands for.
+    pub period: Duration,
+    /// How long a window stays open; `None`: until the end.
+    pub window: Option<Duration>,
+    /// Bytes for the cache of named frames.
+    pub frame_cache_bytes: usize,
+    /// End when all of these processes, and those they started, have exited.
+    pub watch: Option<Vec<u32>>,
+}
+
+/// Samples on their way to the namer.
+struct Batch {
+    samples: Vec<LocatedSample>,
+    closes_window: bool,
+}
+
+/// A running pipeline.
+pub struct Pipeline {
+    stop: Option<oneshot::Sender<()>>,
+    collector: JoinHandle<Result<(), KernelError>>,
+    namer: JoinHandle<()>,
+    /// Resolves when every watched process has exited.
+    pub watched_exited: oneshot::Receiver<()>,
+}
+
+impl Pipeline {
+    /// Starts the threads. `kernel` has its programs attached and its clock running.
+    pub fn start(
+        kernel: Kernel,
+        options: Options,
+        stats: &Arc<Stats>,
+    ) -> anyhow::Result<(Self, mpsc::Receiver<Profile>)> {
+        let (batch_sender, batches) = sync_channel(BATCH_QUEUE);
+        let (profile_sender, profiles) = mpsc::channel(PROFILE_QUEUE);
+        let (stop, stopped) = oneshot::channel();
+        let (report_exit, watched_exited) = oneshot::channel();
+        let namer = {
+            let (options, stats) = (options.clone(), Arc::clone(stats));
+            thread::Builder::new()
+                .name("namer".to_owned())
+                .spawn(move || name_batches(&batches, &profile_sender, &options, &stats))
+                .context("the namer thread could not be started")?
+        };
+        let collector = {
+            let stats = Arc::clone(stats);
+            thread::Builder::new()
+                .name("collector".to_owned())
+                .spawn(move || {
+                    let collector = Collector {
+                        kernel,
+                        table: ProcessTable::default(),
+                        batches: batch_sender,
+                        waiting: None,
+                        stats,
+                        watch: options.watch.unwrap_or_default(),
+                        report_exit: Some(report_exit),
+                    };
+                    let outcome = collector.run(options.window, stopped);
+                    if let Err(error) = &outcome {
+                        error!("collection ended: {error}");
+                    }
+                    outcome
+                })
+                .context("the collector thread could not be started")?
+        };
+        Ok((Self { stop: Some(stop), collector, namer, watched_exited }, profiles))
+    }
+
+    /// Asks the pipeline to stop the clock and flush; profiles still to come follow on the queue.
+    pub fn stop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            // An error means that the collector has ended already.
+            let _ = stop.send(());
+        }
+    }
+
+    /// Waits for the threads. Call after the queue of profiles has closed.
+    pub fn join(self) -> anyhow::Result<()> {
+        drop(self.stop);
+        let outcome = self.collector.join().map_err(|_| anyhow::anyhow!("the collector thread panicked"))?;
+        self.namer.join().map_err(|_| anyhow::anyhow!("the namer thread panicked"))?;
+        Ok(outcome?)
+    }
+}
+
+/// The first stage: owns the kernel side and the process table.
+struct Collector {
+    kernel: Kernel,
+    table: ProcessTable,
+    batches: SyncSender<Batch>,
+    /// A batch that found the queue full. Nothing is drained while it waits.
+    waiting: Option<Batch>,
+    stats: Arc<Stats>,
+    watch: Vec<u32>,
+    report_exit: Option<oneshot::Sender<()>>,
+}
+
+impl Collector {
+    fn run(mut self, window: Option<Duration>, stopped: oneshot::Receiver<()>) -> Result<(), KernelError> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| KernelError::System { what: "starting the collector's event loop", error })?;
+        runtime.block_on(self.collect(window, stopped))
+    }
+
+    async fn collect(
+        &mut self,
+        window: Option<Duration>,
+        mut stopped: oneshot::Receiver<()>,
+    ) -> Result<(), KernelError> {
+        let unwatchable = |error| KernelError::System { what: "waiting for a ring buffer", error };
+        let mut notices = self.kernel.take_notices()?.watch().map_err(unwatchable)?;
+        let mut overflow = self.kernel.take_overflow()?.watch().map_err(unwatchable)?;
+        let mut log = self.kernel.take_log().map(DebugLog::watch).transpose().map_err(unwatchable)?;
+        let interval = window.map_or(DRAIN_INTERVAL, |window| window.min(DRAIN_INTERVAL));
+        let mut drains = interval_at(tokio::time::Instant::now() + interval, interval);
+        drains.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut window_opened = Instant::now();
+        loop {
+            tokio::select! {
+                _ = &mut stopped => break,
+                guard = notices.readable_mut() => {
+                    if let Ok(mut guard) = guard {
+                        guard.clear_ready();
+                        self.read_notices(guard.get_inner_mut());
+                    }
+                }
+                guard = overflow.readable_mut() => {
+                    if let Ok(mut guard) = guard {
+                        guard.clear_ready();
+                        self.read_notices(notices.get_mut());
+                        self.drain(guard.get_inner_mut(), false)?;
+                    }
+                }
+                _ = drains.tick() => {
+                    let closes_window = window.is_some_and(|window| window_opened.elapsed() + interval / 2 >= window);
+                    if closes_window {
+                        window_opened = Instant::now();
+                    }
+                    self.kernel.follow_hotplug()?;
+                    self.read_notices(notices.get_mut());
+                    self.drain(overflow.get_mut(), closes_window)?;
+                }
+                () = flush_log(&mut log) => {}
+            }
+        }
+        self.kernel.stop()?;
+        self.read_notices(notices.get_mut());
+        self.deliver_waiting();
+        self.drain(overflow.get_mut(), true)?;
+        self.deliver_waiting();
+        Ok(())
+    }
+
+    fn read_notices(&mut self, ring: &mut Ring) {
+        ring.read(|notice| self.table.notice(notice));
+        self.table.catch_up();
+        self.report_exits();
+    }
+
+    /// Tells the caller once all watched processes are gone.
+    fn report_exits(&mut self) {
+        if self.watch.is_empty() {
+            return;
+        }
+        let table = &self.table;
+        self.watch.retain(|&tgid| !table.has_exited(tgid));
+        if self.watch.is_empty()
+            && self.kernel.targets_left() == 0
+            && let Some(report) = self.report_exit.take()
+        {
+            // An error means that nobody waits for it.
+            let _ = report.send(());
+        }
+    }
+
+    /// Reads the sample buffers and hands the samples on.
+    fn drain(&mut self, overflow: &mut Ring, closes_window: bool) -> Result<(), KernelError> {
+        if let Some(waiting) = self.waiting.take() {
+            self.offer(waiting);
+        }
+        if let Some(waiting) = &mut self.waiting {
+            waiting.closes_window |= closes_window;
+            self.stats.drains_postponed.add(1);
+            return Ok(());
+        }
+        let (table, stats) = (&mut self.table, &self.stats);
+        let mut samples = Vec::new();
+        self.kernel.drain(overflow, |row| match RawSample::decode(row) {
+            Ok(sample) => {
+                stats.samples_drained.add(sample.count);
+                samples.push(table.locate(sample));
+            }
+            Err(error) => {
+                stats.rows_malformed.add(1);
+                warn!("{error}");
+            }
+        })?;
+        stats.rows_drained.add(samples.len() as u64);
+        for sample in &samples {
+            stats.count_end(sample.end, sample.count);
+        }
+        self.table.end_drain();
+        self.stats.set_table(self.table.stats());
+        self.stats.set_kernel_counters(&self.kernel.counters()?);
+        self.stats.set_clock(self.kernel.clock().cpus());
+        self.offer(Batch { samples, closes_window });
+        Ok(())
+    }
+
+    fn offer(&mut self, batch: Batch) {
+        match self.batches.try_send(batch) {
+            Ok(()) => {}
+            Err(TrySendError::Full(batch)) => self.waiting = Some(batch),
+            Err(TrySendError::Disconnected(batch)) => self.count_undeliverable(&batch),
+        }
+    }
+
+    fn deliver_waiting(&mut self) {
+        if let Some(batch) = self.waiting.take()
+            && let Err(refused) = self.batches.send(batch)
+        {
+            self.count_undeliverable(&refused.0);
+        }
+    }
+
+    fn count_undeliverable(&self, batch: &Batch) {
+        let count = batch.samples.iter().map(|sample| sample.count).sum();
+        self.stats.dropped_namer_gone.add(count);
+    }
+}
+
+/// Passes on what the kernel programs logged; pending forever when they do not log.
+async fn flush_log(log: &mut Option<AsyncFd<DebugLog>>) {
+    let Some(log) = log else { return std::future::pending().await };
+    if let Ok(mut guard) = log.readable_mut().await {
+        guard.clear_ready();
+        guard.get_inner_mut().flush();
+    }
+}
+
+/// The second stage: names frames and fills windows until the collector is done.
+fn name_batches(batches: &Receiver<Batch>, profiles: &mpsc::Sender<Profile>, options: &Options, stats: &Stats) {
+    let mut namer = FrameNamer::new(options.frame_cache_bytes);
+    let mut window = Window::open(EventKind::OnCpu, options.period);
+    for batch in batches {
+        let frames = namer.name(&batch.samples);
+        for (sample, frames) in batch.samples.iter().zip(frames) {
+            window.add(sample, frames);
+        }
+        stats.set_symbolize(namer.stats());
+        if batch.closes_window || window.is_full() {
+            let profile = window.close();
+            stats.windows_closed.add(1);
+            stats.rows_exported.add(profile.samples.len() as u64);
+            let total = profile.total();
+            if profiles.try_send(profile).is_err() {
+                stats.dropped_queue_full.add(total);
+                warn!("exporters are behind: a window of {total} samples was dropped");
+            }
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The files that processes run code from, each opened and read once however many processes map it.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io::{Read as _, Seek as _, SeekFrom, Write as _},
+    os::unix::fs::MetadataExt as _,
+    sync::{Arc, Mutex},
+};
+
+use tracing::debug;
+
+use super::{
+    elf::{self, ElfSummary},
+    proc_fs::{self, MapsLine},
+};
+use crate::profile::{Executable, ExecutableId};
+
+/// Most files kept open. Further ones are known by name only.
+const MAX_OPEN: usize = 1024;
+/// Drains after which a file that no process maps any more is closed.
+const CLOSE_AFTER: u64 = 12;
+/// The kernel's name of its shared library in every process.
+const VDSO: &str = "[vdso]";
+
+/// Identity of an open file, as `/proc/PID/maps` and the kernel's notices give it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct FileKey {
+    pub(super) device: u32,
+    pub(super) inode: u64,
+}
+
+/// An executable that processes map. Only mappings hold it, so its reference count tells whether any does.
+#[derive(Debug)]
+pub(super) struct MappedFile(pub(super) Arc<Executable>);
+
+struct Entry {
+    file: Arc<MappedFile>,
+    /// The drain in which a process was last seen to map it.
+    last_mapped: u64,
+}
+
+/// Every executable file that is mapped somewhere, or was a moment ago.
+#[derive(Default)]
+pub(super) struct Executables {
+    entries: HashMap<FileKey, Entry>,
+    vdso: Option<Arc<MappedFile>>,
+    next_id: u32,
+}
+
+impl Executables {
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// The file with this identity, if it is known.
+    pub(super) fn known(&self, key: FileKey) -> Option<Arc<MappedFile>> {
+        self.entries.get(&key).map(|entry| Arc::clone(&entry.file))
+    }
+
+    /// The file behind a mapping of a living process; `None` for memory that no file backs.
+    pub(super) fn of_mapping(&mut self, tgid: u32, line: &MapsLine, generation: u64) -> Option<Arc<MappedFile>> {
+        if line.path == VDSO {
+            return self.vdso();
+        }
+        if line.inode == 0 {
+            return None;
+        }
+        let key = FileKey { device: line.device, inode: line.inode };
+        if let Some(entry) = self.entries.get_mut(&key) {
+            entry.last_mapped = generation;
+            return Some(Arc::clone(&entry.file));
+        }
+        let file = if self.entries.len() < MAX_OPEN { open(tgid, line) } else { None };
+        let summary = file.as_ref().and_then(elf::summarize).unwrap_or_default();
+        let file = self.add(line.path.clone(), summary, file);
+        self.entries.insert(key, Entry { file: Arc::clone(&file), last_mapped: generation });
+        Some(file)
+    }
+
+    /// Closes files that no process has mapped for a while.
+    pub(super) fn sweep(&mut self, generation: u64) {
+        self.entries.retain(|_, entry| {
+            if Arc::strong_count(&entry.file) > 1 {
+                entry.last_mapped = generation;
+            }
+            let keep = generation.saturating_sub(entry.last_mapped) < CLOSE_AFTER;
+            if !keep {
+                entry.file.0.close();
+            }
+            keep
+        });
+    }
+
+    fn add(&mut self, path: String, summary: ElfSummary, file: Option<File>) -> Arc<MappedFile> {
+        let id = ExecutableId(self.next_id);
+        self.next_id = self.next_id.wrapping_add(1);
+        Arc::new(MappedFile(Arc::new(Executable {
+            id,
+            path,
+            build_id: summary.build_id,
+            segments: summary.segments.into(),
+            file: Mutex::new(file.map(Arc::new)),
+        })))
+    }
+
+    /// The vDSO is the same in every 64-bit process of a running kernel: ours is copied to a file once.
+    fn vdso(&mut self) -> Option<Arc<MappedFile>> {
+        if self.vdso.is_none() {
+            let file = copy_own_vdso();
+            let summary = file.as_ref().and_then(elf::summarize).unwrap_or_default();
+            self.vdso = Some(self.add(VDSO.to_owned(), summary, file));
+        }
+        self.vdso.clone()
+    }
+}
+
+/// Opens the file behind a mapping. The kernel's link to it is exact even when its path was deleted,
+/// replaced or is in another mount namespace; the path inside the process's root is the fallback where that
+/// link needs more privileges than we have.
+fn open(tgid: u32, line: &MapsLine) -> Option<File> {
+    let link = format!("/proc/{tgid}/map_files/{:x}-{:x}", line.start, line.end);
+    let by_path = || {
+        let file = File::open(format!("/proc/{tgid}/root{}", line.path)).ok()?;
+        (file.metadata().ok()?.ino() == line.inode).then_some(file)
+    };
+    let file = File::open(&link).ok().or_else(by_path);
+    if file.is_none() {
+        debug!("{} cannot be opened; its frames stay unnamed", line.path);
+    }
+    // A device or pipe could block or have side effects when read.
+    file.filter(|file| file.metadata().is_ok_and(|metadata| metadata.is_file()))
+}
+
+fn copy_own_vdso() -> Option<File> {
+    let lines = proc_fs::executable_maps(std::process::id()).ok()?;
+    let vdso = lines.into_iter().find(|line| line.path == VDSO)?;
+    let mut image = vec![0; usize::try_from(vdso.end - vdso.start).ok().filter(|&size| size <= 1 << 20)?];
+    let mut memory = File::open("/proc/self/mem").ok()?;
+    memory.seek(SeekFrom::Start(vdso.start)).ok()?;
+    memory.read_exact(&mut image).ok()?;
+    let descriptor = nix::sys::memfd::memfd_create(c"vdso", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).ok()?;
+    let mut file = File::from(descriptor);
+    file.write_all(&image).ok()?;
+    Some(file)
+}
+
+/// The executable's own file name, from the kernel's link to it.
+pub(super) fn executable_name(tgid: u32) -> Option<String> {
+    let target = fs::read_link(format!("/proc/{tgid}/exe")).ok()?;
+    let name = target.file_name()?.to_string_lossy();
+    Some(name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned())
+}

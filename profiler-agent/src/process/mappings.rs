@@ -1,0 +1,133 @@
+//! The executable mappings of one process, sorted by address.
+
+use std::sync::Arc;
+
+use super::executables::MappedFile;
+use crate::profile::{FileOffset, Location};
+
+/// Most mappings kept of one process.
+const MAX_MAPPINGS: usize = 8192;
+
+/// What backs a mapping.
+#[derive(Clone, Debug)]
+pub(super) enum Backing {
+    File(Arc<MappedFile>),
+    /// Code made at run time.
+    Anonymous,
+}
+
+/// One executable range of addresses.
+#[derive(Clone, Debug)]
+pub(super) struct Mapping {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) file_offset: u64,
+    pub(super) backing: Backing,
+}
+
+/// Mappings that do not overlap, sorted by start.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Mappings(Vec<Mapping>);
+
+impl Mappings {
+    /// Adds a mapping; what it covers of earlier ones is gone.
+    pub(super) fn insert(&mut self, mapping: Mapping) {
+        if mapping.start >= mapping.end {
+            return;
+        }
+        let first = self.0.partition_point(|existing| existing.end <= mapping.start);
+        let last = self.0.partition_point(|existing| existing.start < mapping.end);
+        let mut replacement = Vec::with_capacity(3);
+        for existing in self.0.get(first..last).unwrap_or_default() {
+            if existing.start < mapping.start {
+                replacement.push(Mapping { end: mapping.start, ..existing.clone() });
+            }
+        }
+        let end = mapping.end;
+        replacement.push(mapping);
+        for existing in self.0.get(first..last).unwrap_or_default() {
+            if existing.end > end {
+                let skipped = end - existing.start;
+                replacement.push(Mapping {
+                    start: end,
+                    file_offset: existing.file_offset.saturating_add(skipped),
+                    ..existing.clone()
+                });
+            }
+        }
+        self.0.splice(first..last, replacement);
+        self.0.truncate(MAX_MAPPINGS);
+    }
+
+    /// Where `address`, an address to look up, is.
+    pub(super) fn locate(&self, address: u64) -> Location {
+        let index = self.0.partition_point(|mapping| mapping.end <= address);
+        match self.0.get(index) {
+            Some(mapping) if mapping.start <= address => match &mapping.backing {
+                Backing::File(file) => Location::File {
+                    executable: Arc::clone(&file.0),
+                    offset: FileOffset((address - mapping.start).saturating_add(mapping.file_offset)),
+                },
+                Backing::Anonymous => Location::Anonymous(address),
+            },
+            _ => Location::Unmapped(address),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::profile::{Executable, ExecutableId};
+
+    fn file(id: u32) -> Backing {
+        Backing::File(Arc::new(MappedFile(Arc::new(Executable {
+            id: ExecutableId(id),
+            path: format!("/{id}"),
+            build_id: None,
+            segments: Box::default(),
+            file: Mutex::new(None),
+        }))))
+    }
+
+    fn check(mappings: &Mappings, address: u64, expect: Option<(u32, u64)>) {
+        let found = match mappings.locate(address) {
+            Location::File { executable, offset } => Some((executable.id.0, offset.0)),
+            _ => None,
+        };
+        assert_eq!(found, expect, "{address:#x}");
+    }
+
+    /// An address is found in the mapping that covers it, at the right place of the file.
+    #[test]
+    fn locates_by_range() {
+        let mut mappings = Mappings::default();
+        mappings.insert(Mapping { start: 0x3000, end: 0x4000, file_offset: 0x800, backing: file(2) });
+        mappings.insert(Mapping { start: 0x1000, end: 0x2000, file_offset: 0, backing: file(1) });
+        check(&mappings, 0xfff, None);
+        check(&mappings, 0x1000, Some((1, 0)));
+        check(&mappings, 0x1fff, Some((1, 0xfff)));
+        check(&mappings, 0x2000, None);
+        check(&mappings, 0x3010, Some((2, 0x810)));
+    }
+
+    /// A new mapping replaces what it covers and leaves the rest at its right offsets.
+    #[test]
+    fn newer_mappings_win() {
+        let mut mappings = Mappings::default();
+        mappings.insert(Mapping { start: 0x1000, end: 0x5000, file_offset: 0x100, backing: file(1) });
+        mappings.insert(Mapping { start: 0x2000, end: 0x3000, file_offset: 0, backing: file(2) });
+        check(&mappings, 0x1800, Some((1, 0x900)));
+        check(&mappings, 0x2000, Some((2, 0)));
+        check(&mappings, 0x3000, Some((1, 0x2100)));
+        mappings.insert(Mapping { start: 0x0, end: 0x6000, file_offset: 0, backing: file(3) });
+        check(&mappings, 0x1800, Some((3, 0x1800)));
+        check(&mappings, 0x5fff, Some((3, 0x5fff)));
+    }
+}

@@ -1,0 +1,16 @@
+//! Which processes run, and what code is mapped where in them.
+//!
+//! In: notices from the kernel and `/proc`. Out: located samples. Everything read from a process is an
+//! allegation: counts and sizes are bounded, and a process that vanishes while it is read is an expected
+//! outcome.
+
+mod elf;
+mod executables;
+mod mappings;
+mod proc_fs;
+mod table;
+
+pub use self::{
+    proc_fs::children_of,
+    table::{ProcessTable, TableStats},
+};

@@ -1,0 +1,391 @@
+//! The table of processes: learns from notices and `/proc`, locates samples.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use profiler_common::abi::{
+    notice::{ExecNotice, ForkNotice, MmapNotice, NoticeHeader, NoticeKind},
+    process::{COMM_LEN, ProcessKey},
+    sample::StackEnd,
+};
+use tracing::debug;
+use zerocopy::FromBytes as _;
+
+use super::{
+    executables::{Executables, FileKey, executable_name},
+    mappings::{Backing, Mapping, Mappings},
+    proc_fs::{executable_maps, start_ticks, ticks_of},
+};
+use crate::profile::{CodeAddress, LocatedSample, Location, ProcessInfo, RawSample};
+
+/// Most program images remembered. A machine with more runs on with fewer frames located.
+const MAX_PROCESSES: usize = 32 << 10;
+/// Drains for which an exited process is remembered: it may be sampled until the kernel has let go of it.
+const KEEP_EXITED: u64 = 2;
+
+struct Process {
+    info: Arc<ProcessInfo>,
+    mappings: Arc<Mappings>,
+    /// File name of its executable, once looked up.
+    executable: Option<String>,
+    /// Its mappings were copied from its parent's.
+    inherited: bool,
+    /// The drain in which its mappings were last read from `/proc`.
+    scanned: Option<u64>,
+    /// The drain before which it exited or was replaced by `execve`.
+    ended: Option<u64>,
+}
+
+/// Sizes and events, for metrics.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TableStats {
+    /// Program images remembered.
+    pub processes: usize,
+    /// Executable files known.
+    pub executables: usize,
+    /// Notices received.
+    pub notices: u64,
+    /// Notices that could not be understood.
+    pub notices_malformed: u64,
+    /// Times a process's mappings were read.
+    pub scans: u64,
+    /// Times they could not be: the process was gone, or had become another program.
+    pub scans_failed: u64,
+    /// Samples of processes of which nothing is known but what the sample says.
+    pub samples_unknown_process: u64,
+}
+
+/// Every process that may be sampled.
+#[derive(Default)]
+pub struct ProcessTable {
+    processes: HashMap<ProcessKey, Process>,
+    /// The newest program image seen per PID: only this one can be read from `/proc`.
+    newest: HashMap<u32, ProcessKey>,
+    executables: Executables,
+    /// Images whose mappings should be read before the next sample is located.
+    unread: HashSet<ProcessKey>,
+    exited: HashSet<u32>,
+    /// Counts drains.
+    generation: u64,
+    stats: TableStats,
+}
+
+impl ProcessTable {
+    /// Takes note of what the kernel announced. Call [`Self::catch_up`] when no more notices are waiting.
+    pub fn notice(&mut self, bytes: &[u8]) {
+        self.stats.notices += 1;
+        if self.try_notice(bytes).is_none() {
+            self.stats.notices_malformed += 1;
+        }
+    }
+
+    fn try_notice(&mut self, bytes: &[u8]) -> Option<()> {
+        let (header, _) = NoticeHeader::read_from_prefix(bytes).ok()?;
+        let process = header.process;
+        match NoticeKind::try_from(header.kind).ok()? {
+            NoticeKind::Fork => {
+                let (notice, _) = ForkNotice::read_from_prefix(bytes).ok()?;
+                self.fork(process, notice.child);
+            }
+            NoticeKind::Exec => {
+                let (_, _) = ExecNotice::read_from_prefix(bytes).ok()?;
+                self.see(process);
+                self.unread.insert(process);
+            }
+            NoticeKind::Exit => {
+                self.unread.remove(&process);
+                self.exited.insert(process.tgid);
+                if let Some(ended) = self.processes.get_mut(&process) {
+                    ended.ended = Some(self.generation);
+                }
+            }
+            NoticeKind::Mmap => {
+                let (notice, _) = MmapNotice::read_from_prefix(bytes).ok()?;
+                self.mmap(process, &notice);
+            }
+            NoticeKind::FirstSample => {
+                self.see(process);
+                // What it mapped since `execve` is known only by looking; what it inherited by fork is known.
+                if self.processes.get(&process).is_none_or(|known| !known.inherited) {
+                    self.unread.insert(process);
+                }
+            }
+        }
+        Some(())
+    }
+
+    /// Reads the mappings of the processes that notices pointed at, while they live.
+    pub fn catch_up(&mut self) {
+        for process in std::mem::take(&mut self.unread) {
+            self.scan(process);
+        }
+    }
+
+    /// Whether the process has exited (for as long as it is remembered).
+    pub fn has_exited(&self, tgid: u32) -> bool {
+        self.exited.contains(&tgid)
+    }
+
+    /// Turns a sample's addresses into places in files.
+    pub fn locate(&mut self, sample: RawSample) -> LocatedSample {
+        let key = sample.process;
+        if self.newest.get(&key.tgid).is_none_or(|newest| newest.start_time_ns <= key.start_time_ns) {
+            self.see(key);
+        }
+        let mut user = self.locate_user(&sample);
+        let scanned = self.processes.get(&key).and_then(|process| process.scanned);
+        if user.iter().any(|location| matches!(location, Location::Unmapped(_)))
+            && scanned != Some(self.generation)
+            && self.scan(key)
+        {
+            user = self.locate_user(&sample);
+        }
+        let end = trim(&mut user, sample.end);
+
+        let mut locations: Vec<Location> =
+            leaf_first(&sample.kernel).map(|address| Location::Kernel(address.lookup())).collect();
+        locations.append(&mut user);
+        LocatedSample {
+            process: self.info(key, &sample.process_name),
+            thread_name: sample.thread_name.into(),
+            kind: sample.kind,
+            end,
+            locations,
+            count: sample.count,
+        }
+    }
+
+    /// Ends a drain: forgets processes whose last samples have been read.
+    pub fn end_drain(&mut self) {
+        self.generation += 1;
+        let (generation, newest) = (self.generation, &mut self.newest);
+        self.processes.retain(|key, process| {
+            let keep = process.ended.is_none_or(|ended| generation.saturating_sub(ended) < KEEP_EXITED);
+            if !keep && newest.get(&key.tgid) == Some(key) {
+                newest.remove(&key.tgid);
+            }
+            keep
+        });
+        let newest = &self.newest;
+        self.exited.retain(|tgid| newest.contains_key(tgid));
+        self.executables.sweep(self.generation);
+    }
+
+    /// Sizes and events so far.
+    pub fn stats(&self) -> TableStats {
+        TableStats { processes: self.processes.len(), executables: self.executables.len(), ..self.stats }
+    }
+
+    /// Makes sure that an image is in the table, and that older images of its PID are on their way out.
+    fn see(&mut self, key: ProcessKey) {
+        match self.newest.insert(key.tgid, key) {
+            Some(older) if older != key => {
+                if older.start_time_ns == key.start_time_ns && older.exec_id > key.exec_id {
+                    // A late sample of an image that has since been replaced.
+                    self.newest.insert(key.tgid, older);
+                } else if let Some(process) = self.processes.get_mut(&older) {
+                    process.ended.get_or_insert(self.generation);
+                }
+            }
+            _ => {}
+        }
+        self.exited.remove(&key.tgid);
+        if self.processes.len() < MAX_PROCESSES {
+            self.processes.entry(key).or_insert_with(|| Process {
+                info: Arc::new(ProcessInfo { key, name: String::new() }),
+                mappings: Arc::default(),
+                executable: None,
+                inherited: false,
+                scanned: None,
+                ended: None,
+            });
+        }
+    }
+
+    fn fork(&mut self, parent: ProcessKey, child: ProcessKey) {
+        self.see(child);
+        let Some(parent) = self.processes.get(&parent) else { return };
+        let (mappings, executable) = (Arc::clone(&parent.mappings), parent.executable.clone());
+        if let Some(child) = self.processes.get_mut(&child) {
+            child.inherited = !mappings.is_empty();
+            child.mappings = mappings;
+            child.executable = executable;
+        }
+    }
+
+    /// A file whose identity is known is mapped at once; an unknown one has to be read from the process.
+    fn mmap(&mut self, key: ProcessKey, notice: &MmapNotice) {
+        self.see(key);
+        let file = self.executables.known(FileKey { device: notice.device, inode: notice.inode });
+        let (Some(process), Some(file)) = (self.processes.get_mut(&key), file) else {
+            self.unread.insert(key);
+            return;
+        };
+        Arc::make_mut(&mut process.mappings).insert(Mapping {
+            start: notice.start,
+            end: notice.end,
+            file_offset: notice.file_offset,
+            backing: Backing::File(file),
+        });
+    }
+
+    /// Reads the mappings of a living process. False: it is gone, or runs another program by now.
+    fn scan(&mut self, key: ProcessKey) -> bool {
+        self.stats.scans += 1;
+        let scanned = self.newest.get(&key.tgid) == Some(&key) && self.try_scan(key).is_some();
+        if !scanned {
+            self.stats.scans_failed += 1;
+        }
+        scanned
+    }
+
+    fn try_scan(&mut self, key: ProcessKey) -> Option<()> {
+        let lines = executable_maps(key.tgid).ok()?;
+        let mut mappings = Mappings::default();
+        for line in &lines {
+            let backing = match self.executables.of_mapping(key.tgid, line, self.generation) {
+                Some(file) => Backing::File(file),
+                None => Backing::Anonymous,
+            };
+            mappings.insert(Mapping { start: line.start, end: line.end, file_offset: line.file_offset, backing });
+        }
+        let executable = executable_name(key.tgid);
+        // The PID may have been given to another process while we read.
+        if start_ticks(key.tgid)? != ticks_of(key.start_time_ns) {
+            return None;
+        }
+        let generation = self.generation;
+        let process = self.processes.get_mut(&key)?;
+        process.scanned = Some(generation);
+        process.executable = executable.or(process.executable.take());
+        if lines.is_empty() && !process.mappings.is_empty() {
+            // Exiting: its memory is gone already, but what was known of it still holds.
+            return None;
+        }
+        process.mappings = Arc::new(mappings);
+        debug!("process {}: {} executable mappings", key.tgid, lines.len());
+        Some(())
+    }
+
+    fn locate_user(&self, sample: &RawSample) -> Vec<Location> {
+        let mappings = self.processes.get(&sample.process).map(|process| &process.mappings);
+        leaf_first(&sample.user)
+            .map(|address| match mappings {
+                Some(mappings) => mappings.locate(address.lookup()),
+                None => Location::Unmapped(address.lookup()),
+            })
+            .collect()
+    }
+
+    /// Name and identity of a process. The kernel cuts command names to 15 bytes: where one is the beginning
+    /// of the executable's name, the whole name is shown.
+    fn info(&mut self, key: ProcessKey, comm: &str) -> Arc<ProcessInfo> {
+        let Some(process) = self.processes.get_mut(&key) else {
+            self.stats.samples_unknown_process += 1;
+            return Arc::new(ProcessInfo { key, name: comm.to_owned() });
+        };
+        let name = match &process.executable {
+            Some(executable) if comm.len() == COMM_LEN - 1 && executable.starts_with(comm) => executable,
+            _ => comm,
+        };
+        if process.info.name != name {
+            process.info = Arc::new(ProcessInfo { key, name: name.to_owned() });
+        }
+        Arc::clone(&process.info)
+    }
+}
+
+/// Marks the leaf as an instruction pointer and every caller as a return address.
+fn leaf_first(addresses: &[u64]) -> impl Iterator<Item = CodeAddress> {
+    addresses.iter().enumerate().map(move |(depth, &address)| {
+        if depth == 0 { CodeAddress::Instruction(address) } else { CodeAddress::Return(address) }
+    })
+}
+
+/// Cuts what lies beyond the first caller that points at no code, unless the walk found the root: a lost
+/// frame pointer leads to words that only look like return addresses.
+fn trim(user: &mut Vec<Location>, end: StackEnd) -> StackEnd {
+    let Some(outermost) = user.iter().rposition(|location| !matches!(location, Location::Unmapped(_))) else {
+        user.truncate(1);
+        return if user.is_empty() || end.is_whole() { end } else { StackEnd::NotCode };
+    };
+    if outermost + 1 == user.len() || end.is_whole() {
+        return end;
+    }
+    user.truncate(outermost + 1);
+    StackEnd::NotCode
+}
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::IntoBytes as _;
+
+    use super::*;
+
+    fn header(kind: NoticeKind, process: ProcessKey) -> NoticeHeader {
+        NoticeHeader { kind: kind as u32, reserved: 0, process }
+    }
+
+    fn key(tgid: u32, start_time_ns: u64, exec_id: u32) -> ProcessKey {
+        ProcessKey { start_time_ns, tgid, exec_id }
+    }
+
+    /// A process that has exited stays known until its last samples were drained, and no longer.
+    #[test]
+    fn forgets_exited_processes_after_their_last_drain() {
+        let mut table = ProcessTable::default();
+        let process = key(u32::MAX, 5, 0);
+        table.notice(header(NoticeKind::FirstSample, process).as_bytes());
+        table.notice(header(NoticeKind::Exit, process).as_bytes());
+        assert!(table.has_exited(u32::MAX));
+        table.end_drain();
+        assert_eq!(table.stats().processes, 1);
+        table.end_drain();
+        assert_eq!(table.stats().processes, 0);
+        assert!(!table.has_exited(u32::MAX));
+    }
+
+    /// A PID that is used again is another process, and the old one is on its way out.
+    #[test]
+    fn tells_reused_pids_apart() {
+        let mut table = ProcessTable::default();
+        let (old, new) = (key(u32::MAX, 5, 0), key(u32::MAX, 9, 0));
+        table.notice(header(NoticeKind::FirstSample, old).as_bytes());
+        table.notice(header(NoticeKind::FirstSample, new).as_bytes());
+        assert_eq!(table.newest.get(&u32::MAX), Some(&new));
+        table.end_drain();
+        table.end_drain();
+        assert!(table.processes.contains_key(&new) && !table.processes.contains_key(&old));
+    }
+
+    /// Truncated and unknown notices are counted, whatever they hold.
+    #[test]
+    fn counts_malformed_notices() {
+        let mut table = ProcessTable::default();
+        let fork = header(NoticeKind::Fork, key(1, 1, 1));
+        for len in 0..fork.as_bytes().len() {
+            table.notice(&fork.as_bytes()[..len]);
+        }
+        table.notice(fork.as_bytes());
+        table.notice(&[0xff; 64]);
+        assert_eq!(table.stats().notices_malformed, table.stats().notices);
+    }
+
+    /// Words beyond the last code address are cut, and the stack says so; a rooted stack is left alone.
+    #[test]
+    fn trims_what_is_no_code() {
+        let code = || Location::Anonymous(1);
+        let unmapped = || Location::Unmapped(1);
+        let check = |mut user: Vec<Location>, end, expect_len, expect_end| {
+            let end = trim(&mut user, end);
+            assert_eq!((user.len(), end), (expect_len, expect_end));
+        };
+        check(vec![code(), code()], StackEnd::FramePointerLost, 2, StackEnd::FramePointerLost);
+        check(vec![code(), unmapped(), code(), unmapped()], StackEnd::FramePointerLost, 3, StackEnd::NotCode);
+        check(vec![unmapped(), unmapped()], StackEnd::FramePointerLost, 1, StackEnd::NotCode);
+        check(vec![code(), unmapped()], StackEnd::Root, 2, StackEnd::Root);
+        check(vec![], StackEnd::KernelThread, 0, StackEnd::KernelThread);
+    }
+}

@@ -1,0 +1,77 @@
+//! A file (or the vDSO) that processes run code from.
+
+use std::{
+    fs::File,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use super::{FileOffset, VirtualAddress};
+
+/// Handle of an [`Executable`], unique while the agent runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ExecutableId(pub u32);
+
+/// One executable part of a file, from its `PT_LOAD` program headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Where it starts in the file.
+    pub offset: FileOffset,
+    /// Bytes in the file.
+    pub size: u64,
+    /// Where the file states it is loaded.
+    pub address: VirtualAddress,
+}
+
+/// What is known about an executable file.
+#[derive(Debug)]
+pub struct Executable {
+    /// Its handle.
+    pub id: ExecutableId,
+    /// Its path as the process that mapped it sees it.
+    pub path: String,
+    /// GNU build ID, where the file has one.
+    pub build_id: Option<Box<[u8]>>,
+    /// Executable segments, by offset.
+    pub segments: Box<[Segment]>,
+    /// The file itself; see [`Self::file`].
+    pub(crate) file: Mutex<Option<Arc<File>>>,
+}
+
+impl Executable {
+    /// The last component of its path.
+    pub fn name(&self) -> &str {
+        self.path.rsplit('/').next().unwrap_or(&self.path)
+    }
+
+    /// The file itself, open so that it can be read after the process, the path or the mount is gone; an
+    /// open file also keeps its inode number from being reused. `None` where it could not be opened, or
+    /// when nothing has mapped it for a while.
+    pub fn file(&self) -> Option<Arc<File>> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Lets go of the file, so that a deleted one can be freed.
+    pub fn close(&self) {
+        *self.file.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// The executable segment that holds `offset`.
+    pub fn segment(&self, offset: FileOffset) -> Option<&Segment> {
+        self.segments
+            .iter()
+            .find(|segment| offset.0.checked_sub(segment.offset.0).is_some_and(|inside| inside < segment.size))
+    }
+
+    /// The executable segment that holds the stated address.
+    pub fn segment_at(&self, address: u64) -> Option<&Segment> {
+        self.segments
+            .iter()
+            .find(|segment| address.checked_sub(segment.address.0).is_some_and(|inside| inside < segment.size))
+    }
+
+    /// The address that the file states for `offset`.
+    pub fn virtual_address(&self, offset: FileOffset) -> Option<VirtualAddress> {
+        let segment = self.segment(offset)?;
+        segment.address.0.checked_add(offset.0 - segment.offset.0).map(VirtualAddress)
+    }
+}

@@ -1,0 +1,90 @@
+//! A named frame.
+
+use std::{
+    hash::{Hash, Hasher},
+    sync::Arc,
+};
+
+use super::Executable;
+
+/// What kind of code a frame runs, in the terms of OpenTelemetry's `profile.frame.type`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FrameType {
+    /// Machine code in user mode.
+    Native,
+    /// Kernel code.
+    Kernel,
+}
+
+impl FrameType {
+    /// The attribute's value.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Kernel => "kernel",
+        }
+    }
+}
+
+/// A frame's function, or what is known instead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FrameName {
+    /// The function's name, demangled.
+    Function(Box<str>),
+    /// The file has no symbol for the place: its own name stands in.
+    Unnamed,
+    /// Code made at run time, with nothing to name it by.
+    Anonymous,
+    /// Memory that no mapping was known for.
+    Unmapped,
+}
+
+/// A frame, shared by every sample that passes through it.
+#[derive(Debug)]
+pub struct Frame {
+    /// What kind of code it runs.
+    pub frame_type: FrameType,
+    /// Its function.
+    pub name: FrameName,
+    /// The file it is in, for user code.
+    pub executable: Option<Arc<Executable>>,
+    /// The address: as the file states it for code in files, as it was in memory otherwise.
+    pub address: u64,
+}
+
+impl Frame {
+    /// Name for people. Never contains `;` or line breaks, which the folded format gives a meaning.
+    pub fn display_name(&self) -> String {
+        let name = match (&self.name, &self.executable) {
+            (FrameName::Function(name), _) => name.replace([';', '\n', '\r'], ":"),
+            (FrameName::Unnamed, Some(executable)) => {
+                format!("[{}]", executable.name().replace([';', '\n', '\r'], ":"))
+            }
+            (FrameName::Unnamed, None) => "[unnamed]".to_owned(),
+            (FrameName::Anonymous, _) => "[anonymous code]".to_owned(),
+            (FrameName::Unmapped, _) => "[unmapped]".to_owned(),
+        };
+        match self.frame_type {
+            FrameType::Native => name,
+            FrameType::Kernel => name + "_[k]",
+        }
+    }
+}
+
+/// Frames are the same when they run the same place of the same code.
+impl PartialEq for Frame {
+    fn eq(&self, other: &Self) -> bool {
+        let id = |frame: &Self| frame.executable.as_ref().map(|executable| executable.id);
+        self.address == other.address && self.frame_type == other.frame_type && id(self) == id(other)
+    }
+}
+
+impl Eq for Frame {}
+
+impl Hash for Frame {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.address.hash(state);
+        self.frame_type.hash(state);
+        self.executable.as_ref().map(|executable| executable.id).hash(state);
+    }
+}

@@ -1,0 +1,54 @@
+//! A sample whose addresses were resolved to places in files, independent of the process that ran them.
+
+use std::sync::Arc;
+
+use profiler_common::abi::{
+    process::ProcessKey,
+    sample::{EventKind, StackEnd},
+};
+
+use super::{Executable, FileOffset};
+
+/// Where a frame's code is.
+#[derive(Clone, Debug)]
+pub enum Location {
+    /// An address in the kernel, already adjusted for lookup.
+    Kernel(u64),
+    /// A place in a file, already adjusted for lookup.
+    File {
+        /// The file.
+        executable: Arc<Executable>,
+        /// The place.
+        offset: FileOffset,
+    },
+    /// Executable memory that no file backs: code made at run time.
+    Anonymous(u64),
+    /// No mapping is known at this address.
+    Unmapped(u64),
+}
+
+/// The process a sample belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ProcessInfo {
+    /// Its identity.
+    pub key: ProcessKey,
+    /// Its name.
+    pub name: String,
+}
+
+/// A sample with its frames located.
+#[derive(Clone, Debug)]
+pub struct LocatedSample {
+    /// The process.
+    pub process: Arc<ProcessInfo>,
+    /// Command name of the thread.
+    pub thread_name: Arc<str>,
+    /// What was measured.
+    pub kind: EventKind,
+    /// Why the stack ends.
+    pub end: StackEnd,
+    /// Frames, leaf first, kernel before user.
+    pub locations: Vec<Location>,
+    /// How many samples this stands for.
+    pub count: u64,
+}

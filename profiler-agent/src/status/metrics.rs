@@ -1,0 +1,140 @@
+//! The metrics page, in the Prometheus text format (version 0.0.4).
+//!
+//! Names of the kernel's counters, their help and their order come from the counter enum itself.
+
+use std::{
+    fmt::{Display, Write as _},
+    fs,
+};
+
+use profiler_common::abi::counter::Counter;
+
+use super::Stats;
+
+const PREFIX: &str = "profiler_agent_";
+
+/// Renders every metric.
+pub(super) fn render(stats: &Stats) -> String {
+    let mut page = Page(String::with_capacity(8 << 10));
+    for &counter in Counter::ALL {
+        page.counter(counter.metric(), counter.doc(), stats.kernel(counter));
+    }
+    page.counter("samples_drained", "Samples read from the kernel.", stats.samples_drained.get());
+    page.counter("rows_drained", "Rows (distinct stacks per drain) read from the kernel.", stats.rows_drained.get());
+    page.counter("rows_malformed", "Rows that did not decode.", stats.rows_malformed.get());
+    page.counter("drains_postponed", "Drains put off because naming was behind.", stats.drains_postponed.get());
+    page.counter("windows_closed", "Aggregation windows closed.", stats.windows_closed.get());
+    page.counter("rows_exported", "Rows (distinct stacks per window) handed to exporters.", stats.rows_exported.get());
+    page.counter("samples_exported", "Samples that receivers accepted.", stats.samples_exported.get());
+    page.counter("export_retries", "Export requests sent again.", stats.export_retries.get());
+    page.counter(
+        "profiles_rejected",
+        "Profiles a receiver rejected by partial success.",
+        stats.profiles_rejected.get(),
+    );
+    page.labelled(
+        "samples_dropped",
+        "Samples lost in the agent, by stage and reason.",
+        stats.dropped().map(|(stage, reason, value)| (format!("stage=\"{stage}\",reason=\"{reason}\""), value)),
+    );
+    page.labelled(
+        "stack_ends",
+        "Samples by why their user stack ends.",
+        stats.ends().map(|(end, value)| (format!("reason=\"{}\"", end.label()), value)),
+    );
+
+    let symbolize = stats.symbolize();
+    page.counter("frames_named", "Distinct frames named.", symbolize.frames_named);
+    page.counter("frames_unnamed", "Distinct frames for which no name was found.", symbolize.frames_unnamed);
+    page.counter("frame_cache_evictions", "Times half of the frame cache was dropped.", symbolize.cache_evictions);
+    page.gauge("frame_cache_bytes", "Estimated bytes of named frames kept.", symbolize.cache_bytes);
+
+    let table = stats.table();
+    page.counter("process_notices", "Process notices received from the kernel.", table.notices);
+    page.counter("process_notices_malformed", "Process notices that did not decode.", table.notices_malformed);
+    page.counter("process_scans", "Times a process's mappings were read.", table.scans);
+    page.counter("process_scans_failed", "Times a process was gone before its mappings were read.", table.scans_failed);
+    page.counter(
+        "rows_unknown_process",
+        "Rows of processes that could not be remembered.",
+        table.samples_unknown_process,
+    );
+    page.gauge("processes", "Program images remembered.", table.processes);
+    page.gauge("executables", "Executable files known.", table.executables);
+
+    page.gauge("cpus_sampled", "CPUs the sampling clock runs on.", stats.cpus());
+    page.gauge("up", "1 while sampling is under way.", u8::from(stats.is_ready()));
+    if let Some(bytes) = resident_bytes() {
+        page.gauge("resident_memory_bytes", "Resident memory of the agent.", bytes);
+    }
+    if let Some(seconds) = cpu_seconds() {
+        page.sample("cpu_seconds_total", "CPU time of the agent's threads.", "counter", seconds);
+    }
+    page.0
+}
+
+struct Page(String);
+
+impl Page {
+    fn counter(&mut self, name: &str, help: &str, value: u64) {
+        self.sample(&format!("{name}_total"), help, "counter", value);
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: impl Display) {
+        self.sample(name, help, "gauge", value);
+    }
+
+    fn sample(&mut self, name: &str, help: &str, kind: &str, value: impl Display) {
+        self.head(name, help, kind);
+        // SANITY: writing to a string cannot fail.
+        let _ = writeln!(self.0, "{PREFIX}{name} {value}");
+    }
+
+    fn labelled(&mut self, name: &str, help: &str, values: impl IntoIterator<Item = (String, u64)>) {
+        let name = format!("{name}_total");
+        self.head(&name, help, "counter");
+        for (labels, value) in values {
+            // SANITY: writing to a string cannot fail.
+            let _ = writeln!(self.0, "{PREFIX}{name}{{{labels}}} {value}");
+        }
+    }
+
+    fn head(&mut self, name: &str, help: &str, kind: &str) {
+        // SANITY: writing to a string cannot fail.
+        let _ = writeln!(self.0, "# HELP {PREFIX}{name} {help}\n# TYPE {PREFIX}{name} {kind}");
+    }
+}
+
+/// Resident memory, from the second field of `/proc/self/statm` (pages).
+fn resident_bytes() -> Option<u64> {
+    let statm = fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
+    Some(pages * u64::try_from(page).ok()?)
+}
+
+/// User and system time of all threads.
+fn cpu_seconds() -> Option<f64> {
+    use nix::sys::resource::{UsageWho, getrusage};
+    let usage = getrusage(UsageWho::RUSAGE_SELF).ok()?;
+    let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    Some(seconds(usage.user_time()) + seconds(usage.system_time()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every line is a comment or `name{labels} number`, and every metric has help and type.
+    #[test]
+    fn renders_valid_text() {
+        let page = render(&Stats::default());
+        for line in page.lines().filter(|line| !line.starts_with('#')) {
+            let (name, value) = line.rsplit_once(' ').expect("a value");
+            assert!(name.starts_with(PREFIX) && value.parse::<f64>().is_ok(), "{line}");
+            let bare = name.split('{').next().unwrap_or(name);
+            assert!(page.contains(&format!("# TYPE {bare} ")) && page.contains(&format!("# HELP {bare} ")), "{line}");
+        }
+        assert!(page.contains("profiler_agent_samples_seen_total 0"));
+    }
+}

@@ -1,0 +1,10 @@
+//! What the agent tells about itself: counts for metrics and reports, and the status endpoint.
+
+mod metrics;
+mod server;
+mod stats;
+
+pub use self::{
+    server::serve,
+    stats::{Count, Stats},
+};

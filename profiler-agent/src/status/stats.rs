@@ -1,0 +1,141 @@
+//! Counts shared by all stages.
+
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+};
+
+use profiler_common::abi::{
+    counter::{Counter, Role},
+    sample::StackEnd,
+};
+
+use crate::{process::TableStats, symbolize::SymbolizeStats};
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Count(AtomicU64);
+
+impl Count {
+    /// Adds to it.
+    pub fn add(&self, amount: u64) {
+        self.0.fetch_add(amount, Ordering::Relaxed);
+    }
+
+    /// Its value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Everything that is counted. Written by the stages, read by `/metrics` and reports.
+#[derive(Debug, Default)]
+pub struct Stats {
+    /// Samples read from the kernel.
+    pub samples_drained: Count,
+    /// Rows read from the kernel: distinct stacks per drain.
+    pub rows_drained: Count,
+    /// Rows that did not decode.
+    pub rows_malformed: Count,
+    /// Drains put off because the namer was behind.
+    pub drains_postponed: Count,
+    /// Windows closed.
+    pub windows_closed: Count,
+    /// Rows handed to exporters: distinct stacks per window.
+    pub rows_exported: Count,
+    /// Samples written or accepted by a receiver.
+    pub samples_exported: Count,
+    /// Export requests sent again.
+    pub export_retries: Count,
+    /// Samples dropped because the namer had ended.
+    pub dropped_namer_gone: Count,
+    /// Samples dropped because exporters were behind.
+    pub dropped_queue_full: Count,
+    /// Samples dropped because the receiver refused them or stayed away.
+    pub dropped_refused: Count,
+    /// Profiles a receiver rejected while accepting the rest of their request.
+    pub profiles_rejected: Count,
+    ends: [Count; StackEnd::ALL.len()],
+    kernel: Mutex<Vec<u64>>,
+    table: Mutex<TableStats>,
+    symbolize: Mutex<SymbolizeStats>,
+    cpus: AtomicUsize,
+    ready: AtomicBool,
+}
+
+impl Stats {
+    /// Counts samples by why their stack ends.
+    pub fn count_end(&self, end: StackEnd, samples: u64) {
+        if let Some(index) = StackEnd::ALL.iter().position(|&candidate| candidate == end) {
+            self.ends[index].add(samples);
+        }
+    }
+
+    /// Samples by why their stack ends.
+    pub fn ends(&self) -> impl Iterator<Item = (StackEnd, u64)> {
+        StackEnd::ALL.iter().copied().zip(self.ends.iter().map(Count::get))
+    }
+
+    /// Takes over the kernel's counters, in the order of [`Counter::ALL`].
+    pub fn set_kernel_counters(&self, counters: &[u64]) {
+        counters.clone_into(&mut self.kernel.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// A kernel counter as of the last drain.
+    pub fn kernel(&self, counter: Counter) -> u64 {
+        let counters = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+        counters.get(counter as usize).copied().unwrap_or_default()
+    }
+
+    /// Samples that the kernel programs saw and could not keep.
+    pub fn lost_in_kernel(&self) -> u64 {
+        Counter::ALL.iter().filter(|counter| counter.role() == Role::Lost).map(|&counter| self.kernel(counter)).sum()
+    }
+
+    /// Samples dropped on the way from the kernel to an exporter's destination.
+    pub fn dropped(&self) -> [(&'static str, &'static str, u64); 3] {
+        [
+            ("name", "namer_gone", self.dropped_namer_gone.get()),
+            ("export", "queue_full", self.dropped_queue_full.get()),
+            ("export", "refused", self.dropped_refused.get()),
+        ]
+    }
+
+    pub(crate) fn set_table(&self, stats: TableStats) {
+        *self.table.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+    }
+
+    /// The process table's sizes and events.
+    pub fn table(&self) -> TableStats {
+        *self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_symbolize(&self, stats: SymbolizeStats) {
+        *self.symbolize.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+    }
+
+    /// The namer's counts.
+    pub fn symbolize(&self) -> SymbolizeStats {
+        *self.symbolize.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes how many CPUs the clock runs on.
+    pub fn set_clock(&self, cpus: usize) {
+        self.cpus.store(cpus, Ordering::Relaxed);
+    }
+
+    /// CPUs that are being sampled.
+    pub fn cpus(&self) -> usize {
+        self.cpus.load(Ordering::Relaxed)
+    }
+
+    /// Notes whether sampling is under way.
+    pub fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::Relaxed);
+    }
+
+    /// Whether sampling is under way.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+}

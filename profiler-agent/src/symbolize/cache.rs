@@ -1,0 +1,109 @@
+//! Frames by place, within a byte budget.
+
+use std::{collections::HashMap, sync::Arc};
+
+use crate::profile::{ExecutableId, FileOffset, Frame, FrameName, Location};
+
+/// Estimated bytes of an entry besides its name: the frame, its reference counts, and its share of the table.
+const ENTRY_BYTES: usize = 160;
+
+/// What a frame is cached by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum FrameKey {
+    Kernel(u64),
+    File(ExecutableId, FileOffset),
+    Anonymous(u64),
+    Unmapped(u64),
+}
+
+impl FrameKey {
+    pub(super) fn of(location: &Location) -> Self {
+        match location {
+            Location::Kernel(address) => Self::Kernel(*address),
+            Location::File { executable, offset } => Self::File(executable.id, *offset),
+            Location::Anonymous(address) => Self::Anonymous(*address),
+            Location::Unmapped(address) => Self::Unmapped(*address),
+        }
+    }
+}
+
+/// Two generations: entries are added to, and on use moved to, the young one; when it has filled half of the
+/// budget it becomes the old one, and what was old and not used since is dropped.
+pub(super) struct FrameCache {
+    young: HashMap<FrameKey, Arc<Frame>>,
+    old: HashMap<FrameKey, Arc<Frame>>,
+    young_bytes: usize,
+    old_bytes: usize,
+    budget: usize,
+    evictions: u64,
+}
+
+impl FrameCache {
+    pub(super) fn new(budget: usize) -> Self {
+        Self { young: HashMap::new(), old: HashMap::new(), young_bytes: 0, old_bytes: 0, budget, evictions: 0 }
+    }
+
+    pub(super) fn get(&mut self, key: FrameKey) -> Option<Arc<Frame>> {
+        if let Some(frame) = self.young.get(&key) {
+            return Some(Arc::clone(frame));
+        }
+        let frame = self.old.remove(&key)?;
+        self.old_bytes = self.old_bytes.saturating_sub(bytes_of(&frame));
+        self.insert(key, Arc::clone(&frame));
+        Some(frame)
+    }
+
+    pub(super) fn insert(&mut self, key: FrameKey, frame: Arc<Frame>) {
+        let bytes = bytes_of(&frame);
+        if self.young_bytes + bytes > self.budget / 2 {
+            self.evictions += u64::from(!self.old.is_empty());
+            self.old = std::mem::take(&mut self.young);
+            self.old_bytes = std::mem::take(&mut self.young_bytes);
+        }
+        self.young_bytes += bytes;
+        if let Some(replaced) = self.young.insert(key, frame) {
+            self.young_bytes = self.young_bytes.saturating_sub(bytes_of(&replaced));
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.young_bytes + self.old_bytes
+    }
+
+    pub(super) fn evictions(&self) -> u64 {
+        self.evictions
+    }
+}
+
+fn bytes_of(frame: &Frame) -> usize {
+    ENTRY_BYTES
+        + match &frame.name {
+            FrameName::Function(name) => name.len(),
+            FrameName::Unnamed | FrameName::Anonymous | FrameName::Unmapped => 0,
+        }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::FrameType;
+
+    fn frame(address: u64) -> Arc<Frame> {
+        Arc::new(Frame { frame_type: FrameType::Kernel, name: FrameName::Unnamed, executable: None, address })
+    }
+
+    /// However much is added, the budget holds, and what is used all the time stays.
+    #[test]
+    fn keeps_its_budget_and_what_is_used() {
+        let budget = 100 * ENTRY_BYTES;
+        let mut cache = FrameCache::new(budget);
+        cache.insert(FrameKey::Kernel(0), frame(0));
+        for address in 1..10_000 {
+            cache.insert(FrameKey::Kernel(address), frame(address));
+            assert!(cache.get(FrameKey::Kernel(0)).is_some(), "dropped after {address}");
+            assert!(cache.bytes() <= budget);
+        }
+        assert!(cache.get(FrameKey::Kernel(1)).is_none());
+        assert!(cache.evictions() > 0);
+    }
+}

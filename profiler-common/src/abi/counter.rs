@@ -1,0 +1,64 @@
+//! The one list of everything the kernel programs count.
+
+/// How a counter takes part in the books: `fired = idle + out_of_scope + seen`, and
+/// `seen = delivered samples + every loss`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Every event the programs were called for.
+    Fired,
+    /// Not a sample by intention: nothing was lost.
+    Skipped,
+    /// An event that should become a sample.
+    Seen,
+    /// A seen event that did not become a sample.
+    Lost,
+    /// Neither: tells how things went.
+    Info,
+}
+
+/// Declares [`Counter`]: kernel index, metric name, role and documentation from one line each.
+macro_rules! counters {
+    ($($name:ident, $metric:literal, $role:ident, $doc:literal;)*) => {
+        /// Index into the kernel's per-CPU counter array.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u32)]
+        pub enum Counter {
+            $(#[doc = $doc] $name,)*
+        }
+
+        impl Counter {
+            /// Every counter, in index order.
+            pub const ALL: &'static [Self] = &[$(Self::$name),*];
+            /// How many there are: the length of the kernel's array.
+            pub const COUNT: usize = Self::ALL.len();
+
+            /// Name used in metrics (without prefix and `_total`) and reports.
+            pub const fn metric(self) -> &'static str {
+                match self { $(Self::$name => $metric,)* }
+            }
+
+            /// How it takes part in the books.
+            pub const fn role(self) -> Role {
+                match self { $(Self::$name => Role::$role,)* }
+            }
+
+            /// One sentence for people.
+            pub const fn doc(self) -> &'static str {
+                match self { $(Self::$name => $doc,)* }
+            }
+        }
+    };
+}
+
+counters! {
+    Fired, "samples_fired", Fired, "Times the sampling event fired, on any CPU.";
+    Idle, "samples_idle", Skipped, "Events that found the CPU idle.";
+    OutOfScope, "samples_out_of_scope", Skipped, "Events in processes outside the recording's scope.";
+    Seen, "samples_seen", Seen, "Events that should become a sample.";
+    LostScratch, "samples_lost_scratch", Lost, "Samples lost because the per-CPU scratch space was missing.";
+    LostBuffer, "samples_lost_buffer", Lost, "Samples lost because no buffer was installed.";
+    LostOverflow, "samples_lost_overflow", Lost, "Samples lost because the buffer and the overflow ring were both full or busy.";
+    Overflowed, "samples_overflowed", Info, "Samples that took the overflow ring because the buffer was full or busy.";
+    NoticesLost, "notices_lost", Info, "Process notices (fork, exec, exit, mmap, first sample) that found their ring full.";
+    TargetsFull, "targets_full", Info, "Children of a recorded process that could not be followed because the target map was full.";
+}

@@ -1,0 +1,102 @@
+//! Notices about processes, sent through a ring buffer in the order in which things happened.
+
+use core::mem::size_of;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::process::{Comm, ProcessKey};
+
+/// Bytes of a mapped file's own name (its last path component) that a notice carries.
+pub const FILE_NAME_LEN: usize = 40;
+
+/// First bytes of every notice.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct NoticeHeader {
+    /// A [`NoticeKind`].
+    pub kind: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// The process it is about; for a fork, the parent.
+    pub process: ProcessKey,
+}
+
+/// What a notice tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum NoticeKind {
+    /// [`ForkNotice`]: a process has a new child, with a copy of its mappings.
+    Fork = 1,
+    /// [`ExecNotice`]: the new image is in place.
+    Exec = 2,
+    /// [`NoticeHeader`] alone: the last thread of the process has exited.
+    Exit = 3,
+    /// [`MmapNotice`]: a file was mapped executable.
+    Mmap = 4,
+    /// [`NoticeHeader`] alone: the first sample of this image was taken.
+    FirstSample = 5,
+}
+
+impl TryFrom<u32> for NoticeKind {
+    type Error = u32;
+
+    fn try_from(value: u32) -> Result<Self, u32> {
+        match value {
+            1 => Ok(Self::Fork),
+            2 => Ok(Self::Exec),
+            3 => Ok(Self::Exit),
+            4 => Ok(Self::Mmap),
+            5 => Ok(Self::FirstSample),
+            other => Err(other),
+        }
+    }
+}
+
+/// A new process. (New threads are not announced.)
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct ForkNotice {
+    /// Kind and parent.
+    pub header: NoticeHeader,
+    /// The child.
+    pub child: ProcessKey,
+}
+
+/// A process runs a new program.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct ExecNotice {
+    /// Kind and process, with the new image's exec ID.
+    pub header: NoticeHeader,
+    /// Command name of the new image.
+    pub comm: Comm,
+}
+
+/// A file became executable memory of a process.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct MmapNotice {
+    /// Kind and process.
+    pub header: NoticeHeader,
+    /// First address.
+    pub start: u64,
+    /// First address past the end.
+    pub end: u64,
+    /// Offset of `start` in the file, bytes.
+    pub file_offset: u64,
+    /// Inode number.
+    pub inode: u64,
+    /// The kernel's device number: major << 20 | minor.
+    pub device: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// The file's own name, NUL-terminated, cut to fit.
+    pub name: [u8; FILE_NAME_LEN],
+}
+
+const _: () = {
+    assert!(size_of::<NoticeHeader>() == 24);
+    assert!(size_of::<ForkNotice>() == 40);
+    assert!(size_of::<ExecNotice>() == 40);
+    assert!(size_of::<MmapNotice>() == 24 + 40 + FILE_NAME_LEN);
+};

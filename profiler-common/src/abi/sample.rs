@@ -1,0 +1,145 @@
+//! Aggregated samples: the rows of the double-buffered maps.
+
+use core::mem::{offset_of, size_of};
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::process::{Comm, ProcessKey};
+
+/// Frames (kernel and user together) a row of the smallest size class holds.
+pub const SMALL_FRAMES: usize = 32;
+/// Frames a row of the middle size class holds.
+pub const MEDIUM_FRAMES: usize = 128;
+/// Frames a row of the largest size class holds: the deepest stack that is kept. A power of two, so that
+/// indexes can be masked for the verifier.
+pub const LARGE_FRAMES: usize = 512;
+/// Most kernel frames asked of `bpf_get_stack` (the kernel's own default limit, `perf_event_max_stack`).
+pub const MAX_KERNEL_FRAMES: usize = 127;
+
+/// What identifies a row within one buffer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct SampleKey {
+    /// Hash over process, thread name, event kind, stack end and every frame.
+    pub hash: u64,
+    /// Repeated from the process key, so that a hash collision cannot cross processes.
+    pub tgid: u32,
+    /// Number of kernel frames, then user frames in the upper half: a collision cannot change the shape.
+    pub shape: u32,
+}
+
+/// Everything of a row but its frames.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct SampleHeader {
+    /// How many samples this row stands for. Raised atomically in the map.
+    pub count: u64,
+    /// The process the sample was taken in.
+    pub process: ProcessKey,
+    /// Command name of the thread group's leader when the row was made.
+    pub process_comm: Comm,
+    /// Command name of the sampled thread.
+    pub thread_comm: Comm,
+    /// Number of kernel frames; they come first in `frames`, leaf first.
+    pub kernel_frames: u16,
+    /// Number of user frames; they follow the kernel's, leaf first.
+    pub user_frames: u16,
+    /// An [`EventKind`].
+    pub kind: u8,
+    /// A [`StackEnd`]: why the user stack ends where it does.
+    pub user_end: u8,
+    /// Zero.
+    pub reserved: [u8; 2],
+}
+
+/// One row: a header and room for `FRAMES` instruction or return addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, KnownLayout, Immutable)]
+pub struct Sample<const FRAMES: usize> {
+    /// Identity, names and count.
+    pub header: SampleHeader,
+    /// Kernel frames, then user frames. What follows them is undefined.
+    pub frames: [u64; FRAMES],
+}
+
+const _: () = {
+    assert!(size_of::<SampleKey>() == 16);
+    assert!(size_of::<SampleHeader>() == 64);
+    assert!(offset_of!(SampleHeader, count) == 0);
+    assert!(offset_of!(SampleHeader, process) == 8);
+    assert!(offset_of!(SampleHeader, process_comm) == 24);
+    assert!(offset_of!(SampleHeader, thread_comm) == 40);
+    assert!(offset_of!(SampleHeader, kernel_frames) == 56);
+    assert!(offset_of!(SampleHeader, user_end) == 61);
+    assert!(size_of::<Sample<SMALL_FRAMES>>() == 64 + 8 * SMALL_FRAMES);
+    assert!(size_of::<Sample<LARGE_FRAMES>>() == 64 + 8 * LARGE_FRAMES);
+    assert!(LARGE_FRAMES.is_power_of_two());
+};
+
+/// What a sample measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum EventKind {
+    /// The thread was running on a CPU when the sampling clock fired.
+    OnCpu = 1,
+}
+
+impl TryFrom<u8> for EventKind {
+    type Error = u8;
+
+    fn try_from(value: u8) -> Result<Self, u8> {
+        match value {
+            1 => Ok(Self::OnCpu),
+            other => Err(other),
+        }
+    }
+}
+
+/// Declares [`StackEnd`] with the label and sentence of each reason in one place.
+macro_rules! stack_ends {
+    ($($name:ident = $value:literal, $label:literal, $doc:literal;)*) => {
+        /// Why a user stack ends where it does. Only [`StackEnd::Root`] and [`StackEnd::KernelThread`] are
+        /// whole stacks.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[repr(u8)]
+        pub enum StackEnd {
+            $(#[doc = $doc] $name = $value,)*
+        }
+
+        impl StackEnd {
+            /// Every reason, in the order of its number.
+            pub const ALL: &'static [Self] = &[$(Self::$name),*];
+
+            /// Short lower-case words for metrics, labels and the marker frame.
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$name => $label,)* }
+            }
+        }
+
+        impl TryFrom<u8> for StackEnd {
+            type Error = u8;
+
+            fn try_from(value: u8) -> Result<Self, u8> {
+                match value { $($value => Ok(Self::$name),)* other => Err(other) }
+            }
+        }
+    };
+}
+
+stack_ends! {
+    Root = 1, "root", "The outermost frame was reached: a zero frame pointer or return address.";
+    KernelThread = 2, "kernel thread", "A kernel thread: there is no user stack.";
+    DepthLimit = 3, "depth limit", "More frames than a row or the walker's loop can hold.";
+    FramePointerLost = 4, "frame pointer lost", "The frame pointer does not lead to a caller: code without frame pointers.";
+    MemoryUnreadable = 5, "memory unreadable", "The stack memory that should hold the caller could not be read.";
+    Exiting = 6, "exiting", "The thread is exiting and its memory is already gone.";
+    Compat = 7, "32-bit code", "The thread runs 32-bit code, whose frames have another shape.";
+    NotCode = 8, "not code", "The next return address does not point into executable memory.";
+}
+
+impl StackEnd {
+    /// Whether nothing is missing at the root of the stack.
+    pub const fn is_whole(self) -> bool {
+        matches!(self, Self::Root | Self::KernelThread)
+    }
+}

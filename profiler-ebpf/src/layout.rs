@@ -1,0 +1,44 @@
+//! Settings and struct offsets, as the agent set them before load.
+
+use profiler_common::abi::settings::{KernelLayout, LAYOUT_MAGIC, SETTINGS_MAGIC, Settings};
+
+#[unsafe(no_mangle)]
+pub static SETTINGS: Settings = Settings { targets_only: 0, has_task_pt_regs: 0, reserved: 0, magic: SETTINGS_MAGIC };
+
+#[unsafe(no_mangle)]
+pub static LAYOUT: KernelLayout = KernelLayout {
+    task_stack: 0,
+    task_flags: 0,
+    task_tgid: 0,
+    task_group_leader: 0,
+    task_start_boottime: 0,
+    task_self_exec_id: 0,
+    task_comm: 0,
+    task_signal: 0,
+    signal_live: 0,
+    vma_start: 0,
+    vma_end: 0,
+    vma_pgoff: 0,
+    vma_flags: 0,
+    vma_file: 0,
+    file_inode: 0,
+    file_dentry: 0,
+    dentry_name: 0,
+    inode_number: 0,
+    inode_super_block: 0,
+    super_block_device: 0,
+    thread_size: 0,
+    magic: LAYOUT_MAGIC,
+};
+
+/// Reads a 32-bit field of a static that the agent replaces before load.
+///
+/// Volatile, so that the compiler does not fold the placeholder; the verifier folds the real value.
+macro_rules! loaded {
+    ($global:ident . $field:ident) => {
+        // SAFETY: the static is initialized, aligned and never written while programs run.
+        unsafe { core::ptr::read_volatile(core::ptr::addr_of!($crate::layout::$global.$field)) }
+    };
+}
+
+pub(crate) use loaded;

@@ -1,0 +1,153 @@
+//! Tells the agent about processes: fork, exec, exit, new executable mappings and first samples.
+
+use aya_ebpf::{
+    bindings::BPF_NOEXIST,
+    helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_probe_read_kernel_str_bytes, generated},
+    programs::{BtfTracePointContext, FEntryContext},
+};
+use aya_log_ebpf::debug;
+use profiler_common::abi::{
+    counter::Counter,
+    notice::{ExecNotice, FILE_NAME_LEN, ForkNotice, MmapNotice, NoticeHeader, NoticeKind},
+    process::ProcessKey,
+    settings::target,
+};
+
+use crate::{
+    layout::loaded,
+    maps::{ANNOUNCED, NOTICES, TARGETS, count},
+    memory::kernel,
+    scope,
+};
+
+/// `VM_EXEC` (`include/linux/mm.h`).
+const VM_EXEC: u64 = 0x4;
+
+/// Identity of the process that `task` is a thread of; `leader` is its thread group leader.
+#[inline(always)]
+pub fn process_key(task: u64, leader: u64) -> ProcessKey {
+    ProcessKey {
+        start_time_ns: kernel(leader, loaded!(LAYOUT.task_start_boottime)),
+        tgid: kernel(task, loaded!(LAYOUT.task_tgid)),
+        exec_id: kernel(task, loaded!(LAYOUT.task_self_exec_id)),
+    }
+}
+
+/// Announces the first sample of a program image, so that the agent can learn its mappings while it lives.
+#[inline(always)]
+pub fn announce(process: &ProcessKey) {
+    if ANNOUNCED.get_ptr(process).is_some() {
+        return;
+    }
+    // Where the map is full the image stays unannounced; the agent looks at it when it drains.
+    if ANNOUNCED.insert(process, 1, u64::from(BPF_NOEXIST)).is_ok() {
+        send(NoticeHeader { kind: NoticeKind::FirstSample as u32, reserved: 0, process: *process });
+    }
+}
+
+/// `sched_process_fork(parent, child)`: called for every new thread; new processes are announced.
+#[inline(always)]
+pub fn fork(ctx: &BtfTracePointContext) {
+    let child: u64 = ctx.arg(1);
+    let parent_tgid = current_tgid();
+    let child_tgid: u32 = kernel(child, loaded!(LAYOUT.task_tgid));
+    if child_tgid == parent_tgid {
+        return;
+    }
+    if scope::is_limited() {
+        if scope::target_flags(parent_tgid) & target::FOLLOW == 0 {
+            return;
+        }
+        if TARGETS.insert(child_tgid, target::SAMPLE | target::FOLLOW, 0).is_err() {
+            count(Counter::TargetsFull);
+        }
+    }
+    debug!(ctx, "fork: {} -> {}", parent_tgid, child_tgid);
+    send(ForkNotice {
+        header: NoticeHeader { kind: NoticeKind::Fork as u32, reserved: 0, process: current_process() },
+        child: process_key(child, kernel(child, loaded!(LAYOUT.task_group_leader))),
+    });
+}
+
+/// `sched_process_exec(task, old_pid, bprm)`: the new image is mapped and named.
+#[inline(always)]
+pub fn exec(ctx: &BtfTracePointContext) {
+    if !scope::includes(current_tgid()) {
+        return;
+    }
+    let process = current_process();
+    let replaced = ProcessKey { exec_id: process.exec_id.wrapping_sub(1), ..process };
+    let _absent_is_fine = ANNOUNCED.remove(replaced);
+    debug!(ctx, "exec: {}", process.tgid);
+    send(ExecNotice {
+        header: NoticeHeader { kind: NoticeKind::Exec as u32, reserved: 0, process },
+        comm: bpf_get_current_comm().unwrap_or_default(),
+    });
+}
+
+/// `sched_process_exit(task)`: called for every thread; the end of the last one ends the process.
+#[inline(always)]
+pub fn exit(ctx: &BtfTracePointContext) {
+    // SAFETY: the helper only returns the current task's address.
+    let task = unsafe { generated::bpf_get_current_task() };
+    let signal: u64 = kernel(task, loaded!(LAYOUT.task_signal));
+    let live_threads: u32 = kernel(signal, loaded!(LAYOUT.signal_live));
+    if live_threads != 0 || !scope::includes(current_tgid()) {
+        return;
+    }
+    let process = current_process();
+    let _absent_is_fine = ANNOUNCED.remove(process);
+    if scope::is_limited() {
+        let _absent_is_fine = TARGETS.remove(process.tgid);
+    }
+    debug!(ctx, "exit: {}", process.tgid);
+    send(NoticeHeader { kind: NoticeKind::Exit as u32, reserved: 0, process });
+}
+
+/// `perf_event_mmap(vma)`: the kernel's own hook for every new or re-protected mapping.
+#[inline(always)]
+pub fn mmap(ctx: &FEntryContext) {
+    let vma: u64 = ctx.arg(0);
+    let flags: u64 = kernel(vma, loaded!(LAYOUT.vma_flags));
+    let file: u64 = kernel(vma, loaded!(LAYOUT.vma_file));
+    if flags & VM_EXEC == 0 || file == 0 || !scope::includes(current_tgid()) {
+        return;
+    }
+    let inode: u64 = kernel(file, loaded!(LAYOUT.file_inode));
+    let super_block: u64 = kernel(inode, loaded!(LAYOUT.inode_super_block));
+    let dentry: u64 = kernel(file, loaded!(LAYOUT.file_dentry));
+    let name: u64 = kernel(dentry, loaded!(LAYOUT.dentry_name));
+    let mut notice = MmapNotice {
+        header: NoticeHeader { kind: NoticeKind::Mmap as u32, reserved: 0, process: current_process() },
+        start: kernel(vma, loaded!(LAYOUT.vma_start)),
+        end: kernel(vma, loaded!(LAYOUT.vma_end)),
+        file_offset: kernel::<u64>(vma, loaded!(LAYOUT.vma_pgoff)) << 12,
+        inode: kernel(inode, loaded!(LAYOUT.inode_number)),
+        device: kernel(super_block, loaded!(LAYOUT.super_block_device)),
+        reserved: 0,
+        name: [0; FILE_NAME_LEN],
+    };
+    // SAFETY: the helper checks the address and fails instead of faulting.
+    let _unnamed_is_fine = unsafe { bpf_probe_read_kernel_str_bytes(name as *const u8, &mut notice.name) }.is_ok();
+    send(notice);
+}
+
+#[inline(always)]
+fn current_tgid() -> u32 {
+    (bpf_get_current_pid_tgid() >> 32) as u32
+}
+
+#[inline(always)]
+fn current_process() -> ProcessKey {
+    // SAFETY: the helper only returns the current task's address.
+    let task = unsafe { generated::bpf_get_current_task() };
+    process_key(task, kernel(task, loaded!(LAYOUT.task_group_leader)))
+}
+
+/// Sends one record; the agent is woken unless it is still busy with earlier ones.
+#[inline(always)]
+fn send<T: 'static>(notice: T) {
+    if NOTICES.output_untyped::<T>(notice, 0).is_err() {
+        count(Counter::NoticesLost);
+    }
+}

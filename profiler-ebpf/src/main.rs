@@ -1,0 +1,70 @@
+//! The kernel programs' entry points. Each hands over at once to the module that does the work.
+//!
+//! Which of them are loaded is the agent's choice, feature by feature: see `profiler-agent/src/kernel/`.
+#![no_std]
+#![no_main]
+#![feature(asm_experimental_arch)]
+#![allow(missing_docs, reason = "the public items are entry points and maps, named for the loader")]
+
+mod aggregate;
+mod layout;
+mod lifecycle;
+mod maps;
+mod memory;
+mod on_cpu;
+mod scope;
+mod unwind;
+
+use aya_ebpf::{
+    macros::{btf_tracepoint, fentry, perf_event},
+    programs::{BtfTracePointContext, FEntryContext, PerfEventContext},
+};
+
+/// Sampling clock on kernels with `bpf_loop` (5.17 and later).
+#[perf_event]
+pub fn on_cpu_loop(ctx: PerfEventContext) -> u32 {
+    on_cpu::sample(&ctx, unwind::walk_with_helper);
+    0
+}
+
+/// Sampling clock on kernels without `bpf_loop`: a shorter walk, bounded by the verifier.
+#[perf_event]
+pub fn on_cpu_bounded(ctx: PerfEventContext) -> u32 {
+    on_cpu::sample(&ctx, unwind::walk_bounded);
+    0
+}
+
+#[btf_tracepoint(function = "sched_process_fork")]
+pub fn process_fork(ctx: BtfTracePointContext) -> i32 {
+    lifecycle::fork(&ctx);
+    0
+}
+
+#[btf_tracepoint(function = "sched_process_exec")]
+pub fn process_exec(ctx: BtfTracePointContext) -> i32 {
+    lifecycle::exec(&ctx);
+    0
+}
+
+#[btf_tracepoint(function = "sched_process_exit")]
+pub fn process_exit(ctx: BtfTracePointContext) -> i32 {
+    lifecycle::exit(&ctx);
+    0
+}
+
+#[fentry(function = "perf_event_mmap")]
+pub fn file_mapped(ctx: FEntryContext) -> i32 {
+    lifecycle::mmap(&ctx);
+    0
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // Nothing in these programs panics: the verifier would refuse a path that cannot return.
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,220 @@
+//! The sampling clock: what is the current thread doing?
+
+use core::ptr::{addr_of, read_volatile};
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::pt_regs,
+    helpers::{
+        bpf_get_current_comm, bpf_get_current_pid_tgid,
+        generated::{
+            bpf_get_current_task, bpf_get_current_task_btf, bpf_get_stack, bpf_probe_read_kernel, bpf_task_pt_regs,
+        },
+    },
+    programs::PerfEventContext,
+};
+use profiler_common::{
+    abi::{
+        counter::Counter,
+        process::Comm,
+        sample::{EventKind, MAX_KERNEL_FRAMES, SampleHeader, StackEnd},
+    },
+    unwind::Registers,
+};
+
+use crate::{
+    aggregate::{self, mix},
+    layout::loaded,
+    lifecycle,
+    maps::{SCRATCH, count},
+    memory::{kernel, opaque},
+    scope,
+    unwind::Scratch,
+};
+
+/// Task flags (`include/linux/sched.h`): the thread is exiting; it never runs in user mode
+/// (io_uring worker, vhost-like user worker, kernel thread).
+const PF_EXITING: u32 = 0x4;
+const PF_NO_USER_MODE: u32 = 0x10 | 0x4000 | 0x20_0000;
+/// Code segment selector of 64-bit user code on x86_64 (`__USER_CS`, `arch/x86/include/asm/segment.h`).
+const USER_CS_64: u64 = 0x33;
+/// Words of `struct pt_regs` on x86_64, and the ones unwinding needs (`arch/x86/include/asm/ptrace.h`).
+const PT_REGS_WORDS: usize = 21;
+const PT_REGS_RBP: usize = 4;
+const PT_REGS_RIP: usize = 16;
+const PT_REGS_CS: usize = 17;
+const PT_REGS_RSP: usize = 19;
+
+/// User registers of the sampled thread.
+struct UserRegisters {
+    registers: Registers,
+    code_segment: u64,
+}
+
+/// Takes one sample of the current thread; `walk` drives the user stack walk.
+#[inline(always)]
+pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&mut Scratch)) {
+    count(Counter::Fired);
+    let pid_tgid = bpf_get_current_pid_tgid();
+    if pid_tgid == 0 {
+        count(Counter::Idle);
+        return;
+    }
+    let tgid = (pid_tgid >> 32) as u32;
+    if !scope::includes(tgid) {
+        count(Counter::OutOfScope);
+        return;
+    }
+    count(Counter::Seen);
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
+        count(Counter::LostScratch);
+        return;
+    };
+    // SAFETY: this CPU's scratch is used by one sampling program at a time; the map value is initialized.
+    let scratch = unsafe { &mut *scratch };
+    // SAFETY: the helper only returns the current task's address.
+    let task = unsafe { bpf_get_current_task() };
+
+    fill_header(&mut scratch.sample.header, task);
+    lifecycle::announce(&scratch.sample.header.process);
+    scratch.frames = 0;
+    scratch.hash = hash_header(&scratch.sample.header);
+
+    let interrupted = interrupted_registers(ctx);
+    let in_kernel = interrupted.code_segment & 3 == 0;
+    if in_kernel {
+        kernel_stack(ctx, scratch);
+    }
+    let kernel_frames = scratch.frames;
+    user_stack(scratch, task, in_kernel, &interrupted, walk);
+
+    let header = &mut scratch.sample.header;
+    header.kernel_frames = kernel_frames as u16;
+    header.user_frames = (scratch.frames - kernel_frames) as u16;
+    scratch.hash = mix(scratch.hash, u64::from(header.user_end));
+    aggregate::add(scratch);
+}
+
+#[inline(always)]
+fn fill_header(header: &mut SampleHeader, task: u64) {
+    let leader: u64 = kernel(task, loaded!(LAYOUT.task_group_leader));
+    header.count = 1;
+    header.process = lifecycle::process_key(task, leader);
+    header.process_comm = kernel::<Comm>(leader, loaded!(LAYOUT.task_comm));
+    header.thread_comm = bpf_get_current_comm().unwrap_or_default();
+    header.kind = EventKind::OnCpu as u8;
+    header.user_end = StackEnd::DepthLimit as u8;
+    header.reserved = [0; 2];
+}
+
+/// Hash over what tells rows apart besides their frames.
+#[inline(always)]
+fn hash_header(header: &SampleHeader) -> u64 {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = header.thread_comm;
+    let process = u64::from(header.process.tgid) << 32 | u64::from(header.process.exec_id);
+    let hash = mix(header.process.start_time_ns, process);
+    let hash = mix(hash, u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
+    let hash = mix(hash, u64::from_ne_bytes([i, j, k, l, m, n, o, p]));
+    mix(hash, u64::from(header.kind))
+}
+
+/// Registers at the moment of the interrupt, of user or kernel mode.
+#[inline(always)]
+fn interrupted_registers(ctx: &PerfEventContext) -> UserRegisters {
+    // SAFETY: the context's registers are readable; volatile keeps each a plain load from the context, which
+    // the verifier requires.
+    unsafe {
+        let regs = addr_of!((*ctx.ctx).regs);
+        UserRegisters {
+            registers: Registers {
+                pc: read_volatile(addr_of!((*regs).rip)),
+                sp: read_volatile(addr_of!((*regs).rsp)),
+                fp: read_volatile(addr_of!((*regs).rbp)),
+            },
+            code_segment: read_volatile(addr_of!((*regs).cs)),
+        }
+    }
+}
+
+/// Records the kernel stack, leaf first.
+#[inline(always)]
+fn kernel_stack(ctx: &PerfEventContext, scratch: &mut Scratch) {
+    let frames = scratch.sample.frames.as_mut_ptr();
+    // SAFETY: the buffer holds more than MAX_KERNEL_FRAMES words.
+    let bytes = unsafe { bpf_get_stack(ctx.as_ptr(), frames.cast(), (MAX_KERNEL_FRAMES * 8) as u32, 0) };
+    if bytes <= 0 {
+        return;
+    }
+    let recorded = (bytes as u64 / 8) & (MAX_KERNEL_FRAMES as u64);
+    let mut hash = scratch.hash;
+    for index in 0..MAX_KERNEL_FRAMES {
+        if index as u64 >= recorded {
+            break;
+        }
+        hash = mix(hash, scratch.sample.frames[index]);
+    }
+    scratch.hash = hash;
+    scratch.frames = recorded;
+}
+
+/// Records the user stack after the kernel's, leaf first, and why it ends.
+#[inline(always)]
+fn user_stack(
+    scratch: &mut Scratch,
+    task: u64,
+    in_kernel: bool,
+    interrupted: &UserRegisters,
+    walk: impl Fn(&mut Scratch),
+) {
+    let flags: u32 = kernel(task, loaded!(LAYOUT.task_flags));
+    if flags & PF_NO_USER_MODE != 0 {
+        scratch.sample.header.user_end = StackEnd::KernelThread as u8;
+        return;
+    }
+    let code_segment = if in_kernel {
+        saved_user_registers(task, &mut scratch.user_registers);
+        scratch.registers = Registers {
+            pc: scratch.user_registers[PT_REGS_RIP],
+            sp: scratch.user_registers[PT_REGS_RSP],
+            fp: scratch.user_registers[PT_REGS_RBP],
+        };
+        scratch.user_registers[PT_REGS_CS]
+    } else {
+        scratch.registers = Registers {
+            pc: opaque(interrupted.registers.pc),
+            sp: opaque(interrupted.registers.sp),
+            fp: opaque(interrupted.registers.fp),
+        };
+        interrupted.code_segment
+    };
+    if code_segment != USER_CS_64 {
+        scratch.sample.header.user_end = StackEnd::Compat as u8;
+        return;
+    }
+    walk(scratch);
+    let end = &mut scratch.sample.header.user_end;
+    if flags & PF_EXITING != 0 && *end == StackEnd::MemoryUnreadable as u8 {
+        *end = StackEnd::Exiting as u8;
+    }
+}
+
+/// Copies the registers with which the thread entered the kernel from the top of its kernel stack.
+#[inline(always)]
+fn saved_user_registers(task: u64, into: &mut [u64; PT_REGS_WORDS]) {
+    const BYTES: u32 = size_of::<pt_regs>() as u32;
+    let address = if loaded!(SETTINGS.has_task_pt_regs) == 1 {
+        // SAFETY: the helper takes the current task, as the verifier checks.
+        unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) }.cast_unsigned()
+    } else {
+        // Before 5.15 `task_pt_regs()` is the top of the stack without padding (TOP_OF_KERNEL_STACK_PADDING
+        // is zero on x86_64 until 6.9).
+        kernel::<u64>(task, loaded!(LAYOUT.task_stack)) + u64::from(loaded!(LAYOUT.thread_size)) - u64::from(BYTES)
+    };
+    // SAFETY: the destination has the size of `struct pt_regs`; the helper checks the source.
+    let failed = unsafe { bpf_probe_read_kernel(into.as_mut_ptr().cast(), BYTES, address as *const _) };
+    if failed != 0 {
+        into[PT_REGS_CS] = 0;
+    }
+}
+
+const _: () = assert!(size_of::<pt_regs>() == PT_REGS_WORDS * 8);

@@ -1,0 +1,162 @@
+//! Bad input gets one clear sentence and a non-zero exit code; nothing here needs privileges to sample.
+
+use std::process::{Command, Output};
+
+use profiler_tests::{agent, record, run, scratch, stderr, stdout};
+
+/// One line on standard error that says every word of `expect`, and a failure.
+fn check_refused(output: &Output, expect: &[&str]) {
+    let text = stderr(output);
+    assert!(!output.status.success(), "accepted: {text}");
+    for word in expect {
+        assert!(text.contains(word), "{text:?} does not say {word:?}");
+    }
+    let lines = text.lines().filter(|line| line.contains("error")).count();
+    assert_eq!(lines, 1, "not one sentence: {text}");
+    assert!(!text.contains("panicked") && !text.contains("stack backtrace"), "{text}");
+}
+
+/// A PID that names no process.
+#[test]
+fn unknown_pid() {
+    check_refused(&run(&mut record(&["--pid", "4194304", "--output", "-"])), &["no process with PID 4194304"]);
+}
+
+/// A thread is not a process; the message says which process it belongs to.
+#[test]
+fn thread_instead_of_process() {
+    let (sender, receiver) = std::sync::mpsc::channel::<()>();
+    let tid = std::thread::spawn(move || {
+        let tid = nix::unistd::gettid();
+        (tid, receiver)
+    });
+    let (_, receiver) = tid.join().expect("a thread");
+    drop(receiver);
+    drop(sender);
+    // A thread that lives while the agent looks.
+    let (announce, announced) = std::sync::mpsc::channel();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let thread = std::thread::spawn(move || {
+        announce.send(nix::unistd::gettid()).expect("a listener");
+        // The other end hangs up when the test is done.
+        let _ = ended.recv();
+    });
+    let tid = announced.recv().expect("a thread ID").to_string();
+    let output = run(&mut record(&["--pid", &tid, "--output", "-"]));
+    drop(end);
+    thread.join().expect("the thread ends");
+    check_refused(&output, &["is a thread of process", &std::process::id().to_string()]);
+}
+
+/// A zero frequency, and one above the kernel's limit.
+#[test]
+fn impossible_frequency() {
+    check_refused(&run(&mut record(&["--frequency", "0", "--output", "-"])), &["frequency", "at least 1"]);
+    check_refused(&run(&mut record(&["--frequency", "99999999", "--output", "-"])), &["frequency", "limit"]);
+}
+
+/// Output that cannot be written is refused before anything is recorded, and leaves nothing behind.
+#[test]
+fn unwritable_output() {
+    let folder = scratch("unwritable_output");
+    check_refused(&run(&mut record(&["--output", "/nonexistent/x.svg"])), &["/nonexistent/x.svg", "cannot be written"]);
+    check_refused(&run(&mut record(&["--output", "/proc/x.svg"])), &["/proc/x.svg", "cannot be written"]);
+    let output = run(record(&["--format", "svg", "--output"]).arg(&folder));
+    check_refused(&output, &["is a directory"]);
+    assert_eq!(std::fs::read_dir(&folder).expect("the folder").count(), 0);
+}
+
+/// A file name that says no format.
+#[test]
+fn unknown_format() {
+    check_refused(&run(&mut record(&["--output", "machine.xyz"])), &["machine.xyz", "--format"]);
+}
+
+/// A kernel without type information, and a file that is none.
+#[test]
+fn kernel_without_btf() {
+    let folder = scratch("kernel_without_btf");
+    let broken = folder.join("vmlinux");
+    std::fs::write(&broken, b"\x9f\xeb\x01\x00 and then nothing").expect("a file");
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: only root gets as far as reading type information");
+        return;
+    }
+    let missing = run(&mut record(&["--btf", "/nonexistent/vmlinux", "--output", "-"]));
+    check_refused(&missing, &["no type information", "CONFIG_DEBUG_INFO_BTF"]);
+    let output = run(record(&["--output", "-", "--btf"]).arg(&broken));
+    check_refused(&output, &["not valid", "BTF"]);
+}
+
+/// Without privileges, recording and the daemon say which are missing; `check` lists them and fails.
+#[test]
+fn missing_privileges() {
+    let unprivileged = |arguments: &[&str]| {
+        if nix::unistd::geteuid().is_root() {
+            // A copy that everybody may execute, wherever the workspace is.
+            let copy = std::env::temp_dir().join(format!("profiler-agent-{}", std::process::id()));
+            std::fs::copy(agent(), &copy).expect("a copy of the agent");
+            let output = run(Command::new("setpriv")
+                .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--bounding-set", "-all"])
+                .arg(&copy)
+                .args(arguments)
+                .current_dir("/"));
+            std::fs::remove_file(&copy).expect("the copy");
+            output
+        } else {
+            run(Command::new(agent()).args(arguments))
+        }
+    };
+    check_refused(&unprivileged(&["record", "--output", "-"]), &["CAP_BPF", "CAP_PERFMON", "root"]);
+    check_refused(&unprivileged(&["run"]), &["CAP_BPF", "root"]);
+    let check = unprivileged(&["check"]);
+    assert_eq!(check.status.code(), Some(1));
+    assert!(stdout(&check).contains("Sampling is impossible"), "{}", stdout(&check));
+}
+
+/// A configuration file that is missing, not YAML, or has a misspelt key.
+#[test]
+fn bad_configuration() {
+    let folder = scratch("bad_configuration");
+    let check = |text: &str, expect: &[&str]| {
+        let path = folder.join("agent.yaml");
+        std::fs::write(&path, text).expect("a file");
+        check_refused(&run(Command::new(agent()).args(["run", "--config"]).arg(&path)), expect);
+    };
+    check("sampling:\n  frequncy: 1\n", &["agent.yaml", "frequncy"]);
+    check("sampling: [", &["agent.yaml"]);
+    check("export:\n  window: never\n", &["export.window", "never"]);
+    check_refused(&run(Command::new(agent()).args(["run", "--config", "/nonexistent.yaml"])), &["/nonexistent.yaml"]);
+}
+
+/// Endpoints that are none.
+#[test]
+fn bad_endpoint() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: only root gets as far as checking endpoints");
+        return;
+    }
+    let with = |endpoint: &str| run(Command::new(agent()).args(["run", "--endpoint", endpoint]));
+    check_refused(&with("collector:4317"), &["collector:4317", "http://"]);
+    check_refused(&with("https://collector:4317"), &["TLS"]);
+}
+
+/// A command that cannot be started.
+#[test]
+fn unknown_command() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: only root gets as far as starting commands");
+        return;
+    }
+    check_refused(&run(&mut record(&["--output", "-", "--", "/nonexistent/program"])), &["/nonexistent/program"]);
+}
+
+/// Every command explains itself, with examples.
+#[test]
+fn help_has_examples() {
+    for arguments in [&["--help"][..], &["record", "--help"], &["run", "--help"], &["check", "--help"]] {
+        let output = run(Command::new(agent()).args(arguments));
+        assert!(output.status.success());
+        assert!(stdout(&output).contains("Examples:"), "{arguments:?}");
+    }
+}

@@ -1,0 +1,135 @@
+//! `cargo xtask setup`: finds what building and testing need, and installs what is missing.
+//!
+//! Installing happens on Debian and Ubuntu as root; elsewhere the exact commands are printed.
+
+use std::{path::Path, process::Command};
+
+use crate::{
+    Outcome,
+    process::{cargo, find, is_root, output, run},
+    toolchain::Toolchain,
+};
+
+/// bpf-linker's version; it has to know the LLVM of the compiler.
+const BPF_LINKER: &str = "0.13.0";
+/// Package pairs that bring a rustc with precompiled `core` for BPF, the best first.
+const RUSTC_PACKAGES: &[(&str, &str)] = &[("rustc-web", "libstd-rust-web-dev-bpf"), ("rustc", "libstd-rust-dev-bpf")];
+/// Programs the tests use, and the packages that bring them.
+const TEST_PROGRAMS: &[(&str, &str)] =
+    &[("gcc", "gcc"), ("python3", "python3"), ("go", "golang-go"), ("setpriv", "util-linux")];
+
+pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
+    if let Some(unknown) = arguments.first() {
+        return Err(format!("setup takes no argument {unknown:?}"));
+    }
+    for_build(workspace)?;
+    for_tests(workspace)
+}
+
+/// What building needs: a compiler with `core` for BPF, and bpf-linker.
+pub(crate) fn for_build(workspace: &Path) -> Outcome {
+    if let Ok(toolchain) = Toolchain::find(workspace) {
+        eprintln!("xtask: kernel programs are built by {toolchain}");
+        return Ok(());
+    }
+    if !has_bpf_compiler() {
+        install_compiler()?;
+    }
+    if Toolchain::find(workspace).is_err() {
+        install_linker(workspace)?;
+    }
+    let toolchain = Toolchain::find(workspace).map_err(|missing| missing.to_string())?;
+    eprintln!("xtask: kernel programs are built by {toolchain}");
+    Ok(())
+}
+
+/// What the tests need besides: C compiler, Python with the OTLP types, Go's pprof.
+pub(crate) fn for_tests(workspace: &Path) -> Outcome {
+    let missing: Vec<&str> =
+        TEST_PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
+    if !missing.is_empty() {
+        install_packages(&missing)?;
+    }
+    let venv = workspace.join("target/venv");
+    let python = venv.join("bin/python");
+    let has_types = |python: &Path| {
+        output(Command::new(python).args(["-c", "import grpc, opentelemetry.proto.collector.profiles.v1development"]))
+            .is_some()
+    };
+    if !has_types(&python) {
+        let create = || run(Command::new("python3").args(["-m", "venv"]).arg(&venv));
+        if create().is_err() {
+            install_packages(&["python3-venv"])?;
+            create()?;
+        }
+        run(Command::new(&python)
+            .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
+            .args(["grpcio", "opentelemetry-proto>=1.40"]))?;
+    }
+    Ok(())
+}
+
+fn has_bpf_compiler() -> bool {
+    Path::new("/usr/lib/rustlib/bpfel-unknown-none/lib").is_dir()
+}
+
+fn install_compiler() -> Outcome {
+    update_package_lists();
+    let (rustc, core) = RUSTC_PACKAGES.iter().find(|(_, core)| is_available(core)).ok_or(
+        "this system's packages have no Rust `core` for BPF; install rustup's nightly with rust-src instead: \
+         `rustup toolchain install nightly --component rust-src` and `cargo install bpf-linker`",
+    )?;
+    install_packages(&[rustc, core])
+}
+
+/// Builds bpf-linker against the LLVM that the compiler was built with.
+fn install_linker(workspace: &Path) -> Outcome {
+    let version = output(Command::new("/usr/bin/rustc").arg("-vV")).unwrap_or_default();
+    let llvm = version
+        .lines()
+        .find_map(|line| line.strip_prefix("LLVM version: "))
+        .and_then(|version| version.split('.').next())
+        .ok_or("the LLVM version of /usr/bin/rustc cannot be told")?
+        .to_owned();
+    let prefix = format!("/usr/lib/llvm-{llvm}");
+    if !Path::new(&prefix).join("include/llvm-c").is_dir() {
+        install_packages(&[&format!("llvm-{llvm}-dev")])?;
+    }
+    run(cargo(workspace)
+        .args(["install", "bpf-linker", "--version", BPF_LINKER, "--locked", "--no-default-features"])
+        .args(["--features", &format!("llvm-{llvm}"), "--root"])
+        .arg(workspace.join("target/tools"))
+        .env("LLVM_PREFIX", prefix))
+}
+
+fn is_available(package: &str) -> bool {
+    output(Command::new("apt-cache").args(["policy", package]))
+        .is_some_and(|policy| policy.lines().any(|line| line.contains("Candidate:") && !line.contains("(none)")))
+}
+
+fn update_package_lists() {
+    if find("apt-get").is_some() && is_root() {
+        // Old lists may do; if not, the installation says so.
+        let _ = run(Command::new("apt-get").args(["update", "-qq"]));
+    }
+}
+
+fn install_packages(packages: &[&str]) -> Outcome {
+    let command = format!("apt-get install --no-install-recommends {}", packages.join(" "));
+    if find("apt-get").is_none() {
+        return Err(format!("missing: {}; on Debian or Ubuntu, `{command}` installs it", packages.join(", ")));
+    }
+    if !is_root() {
+        return Err(format!("missing: {}; run `sudo {command}`, then try again", packages.join(", ")));
+    }
+    let install = || {
+        run(Command::new("apt-get")
+            .args(["install", "-y", "-qq", "--no-install-recommends"])
+            .args(packages)
+            .env("DEBIAN_FRONTEND", "noninteractive"))
+    };
+    install().or_else(|_| {
+        update_package_lists();
+        install()
+    })
+}
