@@ -14,6 +14,7 @@
 //! the queue of profiles is closed behind the last one.
 
 use std::{
+    path::Path,
     sync::{
         Arc,
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
@@ -57,7 +58,7 @@ pub struct Options {
     pub window: Option<Duration>,
     /// Bytes for the cache of named frames.
     pub frame_cache_bytes: usize,
-    /// End when all of these processes, and those they started, have exited.
+    /// Report when all of these processes have exited.
     pub watch: Option<Vec<u32>>,
 }
 
@@ -218,9 +219,9 @@ impl Collector {
             return;
         }
         let table = &self.table;
-        self.watch.retain(|&tgid| !table.has_exited(tgid));
+        // A notice may have been lost; a process that is not there has ended all the same.
+        self.watch.retain(|&tgid| !table.has_exited(tgid) && Path::new(&format!("/proc/{tgid}")).exists());
         if self.watch.is_empty()
-            && self.kernel.targets_left() == 0
             && let Some(report) = self.report_exit.take()
         {
             // An error means that nobody waits for it.

@@ -121,3 +121,30 @@ print(sum(sum(s.values) for r in request.resource_profiles for c in r.scope_prof
     assert!(decoded.status.success(), "{}", stderr(&decoded));
     assert_eq!(stdout(&decoded).trim().parse::<u64>().ok(), Some(books(&output).exported));
 }
+
+/// The kernel programs' debug log reaches the agent's, as JSON when asked for, and only at level `trace`.
+#[test]
+fn logs_in_json_with_the_kernels_own() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let with_level = |level: &str| {
+        let arguments = ["--log-level", level, "--log-format", "json", "record", "--output", "/dev/null"];
+        let output = run(Command::new(profiler_tests::agent()).args(arguments).args([
+            "--format",
+            "folded",
+            "--",
+            "bash",
+            "-c",
+            "/bin/true; sleep 1; /bin/true",
+        ]));
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output)
+    };
+    let traced = with_level("trace");
+    let (json, summary): (Vec<&str>, Vec<&str>) = traced.lines().partition(|line| line.starts_with('{'));
+    assert_eq!(summary.len(), 1, "{traced}");
+    assert!(json.iter().all(|line| line.ends_with('}') && line.contains("\"level\"")), "{traced}");
+    assert!(json.iter().any(|line| line.contains("fork: ")), "{traced}");
+    assert!(!with_level("debug").contains("fork: "));
+}

@@ -39,6 +39,7 @@ pub(super) struct Arguments {
     #[arg(long = "pid", value_name = "PID")]
     pids: Vec<u32>,
     /// How long to record, for example 10s or 2m. With a command, the default is until it ends; without one, 10s.
+    /// A command that is still running then is ended.
     #[arg(long, value_parser = parse_duration)]
     duration: Option<Duration>,
     /// Samples per second and CPU.
@@ -217,7 +218,12 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
                 // The collector ended by itself: its error comes out of `join`.
                 Err(_) => break " (collection ended)",
             },
-            _ = ticks.tick() => progress.set_position(millis(started.elapsed())),
+            _ = ticks.tick() => {
+                progress.set_position(millis(started.elapsed()));
+                if child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(Some(_)))) {
+                    break " (the command ended)";
+                }
+            }
             Some(profile) = profiles.recv() => collected.push(profile),
         }
     };

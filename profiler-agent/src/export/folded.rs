@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt::Write as _};
 
 use super::incomplete_marker;
-use crate::profile::Profile;
+use crate::profile::{Profile, printable};
 
 /// Encodes a profile, one line per distinct stack, sorted by stack.
 ///
@@ -21,7 +21,7 @@ pub fn encode(profile: &Profile) -> String {
 pub(super) fn lines(profile: &Profile) -> BTreeMap<String, u64> {
     let mut lines = BTreeMap::new();
     for sample in &profile.samples {
-        let mut stack = sample.process.name.replace([';', '\n', '\r'], ":");
+        let mut stack = printable(&sample.process.name);
         if stack.is_empty() {
             stack.push_str("[unnamed process]");
         }

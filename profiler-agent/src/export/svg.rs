@@ -1,7 +1,7 @@
 //! A flame graph as a self-contained SVG file.
 
 use anyhow::Context as _;
-use inferno::flamegraph::{self, Options};
+use inferno::flamegraph::{self, Options, Palette, color::MultiPalette};
 use profiler_common::abi::sample::EventKind;
 
 use super::folded;
@@ -10,7 +10,7 @@ use crate::profile::Profile;
 /// Draws a profile.
 pub fn encode(profile: &Profile) -> anyhow::Result<Vec<u8>> {
     let lines: Vec<String> =
-        folded::lines(profile).into_iter().map(|(stack, count)| format!("{stack} {count}")).collect();
+        folded::lines(profile).into_iter().map(|(stack, count)| format!("{} {count}", annotate(&stack))).collect();
     if lines.is_empty() {
         return Ok(EMPTY.as_bytes().to_vec());
     }
@@ -25,6 +25,7 @@ pub fn encode(profile: &Profile) -> anyhow::Result<Vec<u8>> {
         profile.period.as_secs_f64() * 1e3,
     ));
     options.count_name = "samples".to_owned();
+    options.colors = Palette::Multi(MultiPalette::Java);
     options.no_sort = true;
     let mut svg = Vec::new();
     flamegraph::from_lines(&mut options, lines.iter().map(String::as_str), &mut svg)
@@ -32,7 +33,39 @@ pub fn encode(profile: &Profile) -> anyhow::Result<Vec<u8>> {
     Ok(svg)
 }
 
+/// inferno takes a frame's annotation for its colour and does not show it; kernel frames get a second one, so
+/// that people see it too.
+fn annotate(stack: &str) -> String {
+    stack.replace(KERNEL, &format!("{KERNEL}{KERNEL}"))
+}
+
+/// Annotation of kernel frames.
+const KERNEL: &str = "_[k]";
+
 /// A recording without samples is a fact to show, not an error.
 const EMPTY: &str = "<?xml version=\"1.0\" standalone=\"no\"?>\n\
     <svg xmlns=\"http://www.w3.org/2000/svg\" width=\"600\" height=\"60\">\
     <text x=\"20\" y=\"35\" font-family=\"monospace\">No samples were taken.</text></svg>\n";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::testing;
+
+    /// The drawing shows processes, functions, kernel frames as such, and what is missing.
+    #[test]
+    fn shows_every_kind_of_frame() {
+        let svg = String::from_utf8(encode(&testing::profile()).expect("a drawing")).expect("text");
+        for text in ["burner", "main", "sys_read_[k] (", "[incomplete: depth limit]", "10 samples"] {
+            assert!(svg.contains(text), "{text} is not shown");
+        }
+    }
+
+    /// Nothing recorded is shown as such.
+    #[test]
+    fn draws_an_empty_profile() {
+        let empty = Profile { samples: Vec::new(), ..testing::profile() };
+        let svg = String::from_utf8(encode(&empty).expect("a drawing")).expect("text");
+        assert!(svg.contains("No samples") && svg.trim_end().ends_with("</svg>"));
+    }
+}

@@ -189,6 +189,8 @@ impl Kernel {
         let program: &mut PerfEvent = program(&mut ebpf, clock_program)?;
         program.load().map_err(|error| KernelError::Program { program: clock_program, error })?;
         let clock = Clock::new(clock_program, options.frequency);
+        drop(types);
+        release_free_memory();
         Ok(Self { ebpf, clock, small, medium, large, counters, targets, features, debug_log: options.debug_log })
     }
 
@@ -280,10 +282,15 @@ impl Kernel {
             Err(error) => Err(error.into()),
         }
     }
+}
 
-    /// How many processes are being recorded, when the scope is limited; exited ones do not count.
-    pub fn targets_left(&self) -> usize {
-        self.targets.keys().count()
+/// Returns what loading needed for a moment (the kernel's type information, 20 MB parsed) to the system;
+/// glibc would keep it.
+fn release_free_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim may be called at any time, by any thread.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

@@ -53,13 +53,11 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// Name for people. Never contains `;` or line breaks, which the folded format gives a meaning.
+    /// Name for people. Never contains `;` or control characters.
     pub fn display_name(&self) -> String {
         let name = match (&self.name, &self.executable) {
-            (FrameName::Function(name), _) => name.replace([';', '\n', '\r'], ":"),
-            (FrameName::Unnamed, Some(executable)) => {
-                format!("[{}]", executable.name().replace([';', '\n', '\r'], ":"))
-            }
+            (FrameName::Function(name), _) => printable(name),
+            (FrameName::Unnamed, Some(executable)) => format!("[{}]", printable(executable.name())),
             (FrameName::Unnamed, None) => "[unnamed]".to_owned(),
             (FrameName::Anonymous, _) => "[anonymous code]".to_owned(),
             (FrameName::Unmapped, _) => "[unmapped]".to_owned(),
@@ -69,6 +67,11 @@ impl Frame {
             FrameType::Kernel => name + "_[k]",
         }
     }
+}
+
+/// Replaces what would end a frame, a line or an XML document: names come from files that anybody may have made.
+pub fn printable(name: &str) -> String {
+    name.chars().map(|c| if c == ';' || c.is_control() { ':' } else { c }).collect()
 }
 
 /// Frames are the same when they run the same place of the same code.

@@ -11,7 +11,7 @@ mod raw;
 pub use self::{
     address::{CodeAddress, FileOffset, VirtualAddress},
     executable::{Executable, ExecutableId, Segment},
-    frame::{Frame, FrameName, FrameType},
+    frame::{Frame, FrameName, FrameType, printable},
     located::{LocatedSample, Location, ProcessInfo},
     profile::{Profile, Sample},
     raw::{DecodeError, RawSample},
