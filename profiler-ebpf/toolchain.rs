@@ -9,9 +9,7 @@
 //! Both need bpf-linker, built against the LLVM major version of the rustc that is used.
 
 use std::{
-    env,
-    ffi::OsString,
-    fmt, fs,
+    env, fmt, fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -101,7 +99,7 @@ fn find_linker(workspace: &Path) -> Option<PathBuf> {
     let cargo_home = env::var_os("CARGO_HOME")
         .map(PathBuf::from)
         .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo")));
-    let path = env::var_os("PATH").unwrap_or_else(OsString::new);
+    let path = env::var_os("PATH").unwrap_or_default();
     let folders = [Some(workspace.join("target/tools/bin")), cargo_home.map(|home| home.join("bin"))];
     folders
         .into_iter()

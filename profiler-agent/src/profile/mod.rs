@@ -5,14 +5,14 @@ mod address;
 mod executable;
 mod frame;
 mod located;
-mod profile;
 mod raw;
+mod sample;
 
 pub use self::{
     address::{CodeAddress, FileOffset, VirtualAddress},
     executable::{Executable, ExecutableId, Segment},
     frame::{Frame, FrameName, FrameType, printable},
     located::{LocatedSample, Location, ProcessInfo},
-    profile::{Profile, Sample},
     raw::{DecodeError, RawSample},
+    sample::{Profile, Sample},
 };

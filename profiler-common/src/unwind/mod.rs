@@ -48,7 +48,7 @@ pub fn step_frame_pointer(registers: &Registers, memory: &mut impl Memory) -> Re
     if return_address == 0 {
         return Err(StackEnd::Root);
     }
-    if return_address < FIRST_PAGE_END || return_address >= USER_SPACE_END {
+    if !(FIRST_PAGE_END..USER_SPACE_END).contains(&return_address) {
         return Err(StackEnd::FramePointerLost);
     }
     Ok(Registers { pc: return_address, sp: fp + 16, fp: caller_fp })
