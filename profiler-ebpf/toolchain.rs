@@ -75,7 +75,8 @@ impl Toolchain {
     }
 }
 
-fn find_compiler() -> Option<Compiler> {
+/// The best compiler on this machine that has `core` for BPF.
+pub fn find_compiler() -> Option<Compiler> {
     if let Some(sysroot) = sysroot(Command::new("rustup").args(["run", "nightly", "rustc"]))
         && sysroot.join("lib/rustlib/src/rust/library/core").is_dir()
     {
@@ -95,7 +96,8 @@ fn sysroot(rustc: &mut Command) -> Option<PathBuf> {
     (output.status.success() && !path.trim().is_empty()).then(|| PathBuf::from(path.trim()))
 }
 
-fn find_linker(workspace: &Path) -> Option<PathBuf> {
+/// bpf-linker, where it is installed.
+pub fn find_linker(workspace: &Path) -> Option<PathBuf> {
     let cargo_home = env::var_os("CARGO_HOME")
         .map(PathBuf::from)
         .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo")));

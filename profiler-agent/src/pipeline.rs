@@ -45,9 +45,9 @@ use crate::{
 /// buffers have to hold.
 pub const DRAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// Batches that may wait for the namer.
-const BATCH_QUEUE: usize = 4;
+const BATCH_QUEUE: usize = 2;
 /// Profiles that may wait for the exporters.
-const PROFILE_QUEUE: usize = 8;
+const PROFILE_QUEUE: usize = 4;
 
 /// What a pipeline is made of.
 #[derive(Clone, Debug)]
@@ -158,22 +158,36 @@ impl Collector {
         runtime.block_on(self.collect(window, stopped))
     }
 
-    async fn collect(
-        &mut self,
-        window: Option<Duration>,
-        mut stopped: oneshot::Receiver<()>,
-    ) -> Result<(), KernelError> {
+    async fn collect(&mut self, window: Option<Duration>, stopped: oneshot::Receiver<()>) -> Result<(), KernelError> {
         let unwatchable = |error| KernelError::System { what: "waiting for a ring buffer", error };
         let mut notices = self.kernel.take_notices()?.watch().map_err(unwatchable)?;
         let mut overflow = self.kernel.take_overflow()?.watch().map_err(unwatchable)?;
         let mut log = self.kernel.take_log().map(DebugLog::watch).transpose().map_err(unwatchable)?;
+        let outcome = self.collect_until_stopped(window, stopped, &mut notices, &mut overflow, &mut log).await;
+        // Whatever ended collection: the clock stops, and what was sampled is still read and handed on.
+        let stopped = self.kernel.stop();
+        self.read_notices(notices.get_mut());
+        self.deliver_waiting();
+        let drained = self.drain(overflow.get_mut(), true);
+        self.deliver_waiting();
+        outcome.and(stopped).and(drained)
+    }
+
+    async fn collect_until_stopped(
+        &mut self,
+        window: Option<Duration>,
+        mut stopped: oneshot::Receiver<()>,
+        notices: &mut AsyncFd<Ring>,
+        overflow: &mut AsyncFd<Ring>,
+        log: &mut Option<AsyncFd<DebugLog>>,
+    ) -> Result<(), KernelError> {
         let interval = window.map_or(DRAIN_INTERVAL, |window| window.min(DRAIN_INTERVAL));
         let mut drains = interval_at(tokio::time::Instant::now() + interval, interval);
         drains.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut window_opened = Instant::now();
         loop {
             tokio::select! {
-                _ = &mut stopped => break,
+                _ = &mut stopped => return Ok(()),
                 guard = notices.readable_mut() => {
                     if let Ok(mut guard) = guard {
                         guard.clear_ready();
@@ -192,19 +206,15 @@ impl Collector {
                     if closes_window {
                         window_opened = Instant::now();
                     }
-                    self.kernel.follow_hotplug()?;
+                    if let Err(error) = self.kernel.follow_hotplug() {
+                        warn!("CPUs that came or went could not be followed: {error}");
+                    }
                     self.read_notices(notices.get_mut());
                     self.drain(overflow.get_mut(), closes_window)?;
                 }
-                () = flush_log(&mut log) => {}
+                () = flush_log(log) => {}
             }
         }
-        self.kernel.stop()?;
-        self.read_notices(notices.get_mut());
-        self.deliver_waiting();
-        self.drain(overflow.get_mut(), true)?;
-        self.deliver_waiting();
-        Ok(())
     }
 
     fn read_notices(&mut self, ring: &mut Ring) {
@@ -241,26 +251,28 @@ impl Collector {
         }
         let (table, stats) = (&mut self.table, &self.stats);
         let mut samples = Vec::new();
-        self.kernel.drain(overflow, |row| match RawSample::decode(row) {
+        let drained = self.kernel.drain(overflow, |row| match RawSample::decode(row) {
             Ok(sample) => {
                 stats.samples_drained.add(sample.count);
                 samples.push(table.locate(sample));
             }
             Err(error) => {
-                stats.rows_malformed.add(1);
+                stats.dropped_malformed.add(RawSample::count_of(row));
                 warn!("{error}");
             }
-        })?;
+        });
         stats.rows_drained.add(samples.len() as u64);
         for sample in &samples {
             stats.count_end(sample.end, sample.count);
         }
-        self.table.end_drain();
+        self.offer(Batch { samples, closes_window });
+        for tgid in self.table.end_drain() {
+            self.kernel.remove_target(tgid)?;
+        }
         self.stats.set_table(self.table.stats());
         self.stats.set_kernel_counters(&self.kernel.counters()?);
         self.stats.set_clock(self.kernel.clock().cpus());
-        self.offer(Batch { samples, closes_window });
-        Ok(())
+        drained
     }
 
     fn offer(&mut self, batch: Batch) {
@@ -305,14 +317,22 @@ fn name_batches(batches: &Receiver<Batch>, profiles: &mpsc::Sender<Profile>, opt
         }
         stats.set_symbolize(namer.stats());
         if batch.closes_window || window.is_full() {
-            let profile = window.close();
-            stats.windows_closed.add(1);
-            stats.rows_exported.add(profile.samples.len() as u64);
-            let total = profile.total();
-            if profiles.try_send(profile).is_err() {
-                stats.dropped_queue_full.add(total);
-                warn!("exporters are behind: a window of {total} samples was dropped");
-            }
+            close_window(&mut window, profiles, stats);
         }
+    }
+    if !window.is_empty() {
+        close_window(&mut window, profiles, stats);
+    }
+}
+
+/// Hands the window's profile to the exporters, or counts it where they are behind.
+fn close_window(window: &mut Window, profiles: &mpsc::Sender<Profile>, stats: &Stats) {
+    let profile = window.close();
+    stats.windows_closed.add(1);
+    stats.rows_exported.add(profile.samples.len() as u64);
+    let total = profile.total();
+    if profiles.try_send(profile).is_err() {
+        stats.dropped_queue_full.add(total);
+        warn!("exporters are behind: a window of {total} samples was dropped");
     }
 }

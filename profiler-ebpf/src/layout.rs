@@ -3,7 +3,8 @@
 use profiler_common::abi::settings::{KernelLayout, LAYOUT_MAGIC, SETTINGS_MAGIC, Settings};
 
 #[unsafe(no_mangle)]
-pub static SETTINGS: Settings = Settings { targets_only: 0, has_task_pt_regs: 0, reserved: 0, magic: SETTINGS_MAGIC };
+pub static SETTINGS: Settings =
+    Settings { targets_only: 0, has_task_pt_regs: 0, no_user_mode_flags: 0, magic: SETTINGS_MAGIC };
 
 #[unsafe(no_mangle)]
 pub static LAYOUT: KernelLayout = KernelLayout {

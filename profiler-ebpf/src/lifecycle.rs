@@ -56,6 +56,8 @@ pub fn fork(ctx: &BtfTracePointContext) {
     }
     if scope::is_limited() {
         if scope::target_flags(parent_tgid) & target::FOLLOW == 0 {
+            // The PID may have belonged to a target before.
+            let _absent_is_fine = TARGETS.remove(child_tgid);
             return;
         }
         if TARGETS.insert(child_tgid, target::SAMPLE | target::FOLLOW, 0).is_err() {
@@ -97,9 +99,8 @@ pub fn exit(ctx: &BtfTracePointContext) {
     }
     let process = current_process();
     let _absent_is_fine = ANNOUNCED.remove(process);
-    if scope::is_limited() {
-        let _absent_is_fine = TARGETS.remove(process.tgid);
-    }
+    // A target stays one: tearing down its memory is still to come, and is its CPU time too. The agent removes
+    // it when it forgets the process.
     debug!(ctx, "exit: {}", process.tgid);
     send(NoticeHeader { kind: NoticeKind::Exit as u32, reserved: 0, process });
 }

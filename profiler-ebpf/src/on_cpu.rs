@@ -32,10 +32,8 @@ use crate::{
     unwind::Scratch,
 };
 
-/// Task flags (`include/linux/sched.h`): the thread is exiting; it never runs in user mode
-/// (io_uring worker, vhost-like user worker, kernel thread).
+/// Task flag (`include/linux/sched.h`): the thread is exiting.
 const PF_EXITING: u32 = 0x4;
-const PF_NO_USER_MODE: u32 = 0x10 | 0x4000 | 0x20_0000;
 /// Code segment selector of 64-bit user code on x86_64 (`__USER_CS`, `arch/x86/include/asm/segment.h`).
 const USER_CS_64: u64 = 0x33;
 /// Words of `struct pt_regs` on x86_64, and the ones unwinding needs (`arch/x86/include/asm/ptrace.h`).
@@ -76,7 +74,11 @@ pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&mut Scratch)) {
     let task = unsafe { bpf_get_current_task() };
 
     fill_header(&mut scratch.sample.header, task);
-    lifecycle::announce(&scratch.sample.header.process);
+    let flags: u32 = kernel(task, loaded!(LAYOUT.task_flags));
+    if flags & PF_EXITING == 0 {
+        // (Announced after its exit, an image would stay in the map of announced ones.)
+        lifecycle::announce(&scratch.sample.header.process);
+    }
     scratch.frames = 0;
     scratch.hash = hash_header(&scratch.sample.header);
 
@@ -86,7 +88,7 @@ pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&mut Scratch)) {
         kernel_stack(ctx, scratch);
     }
     let kernel_frames = scratch.frames;
-    user_stack(scratch, task, in_kernel, &interrupted, walk);
+    user_stack(scratch, task, flags, in_kernel, &interrupted, walk);
 
     let header = &mut scratch.sample.header;
     header.kernel_frames = kernel_frames as u16;
@@ -162,12 +164,12 @@ fn kernel_stack(ctx: &PerfEventContext, scratch: &mut Scratch) {
 fn user_stack(
     scratch: &mut Scratch,
     task: u64,
+    flags: u32,
     in_kernel: bool,
     interrupted: &UserRegisters,
     walk: impl Fn(&mut Scratch),
 ) {
-    let flags: u32 = kernel(task, loaded!(LAYOUT.task_flags));
-    if flags & PF_NO_USER_MODE != 0 {
+    if flags & loaded!(SETTINGS.no_user_mode_flags) != 0 {
         scratch.sample.header.user_end = StackEnd::KernelThread as u8;
         return;
     }

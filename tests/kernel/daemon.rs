@@ -66,6 +66,32 @@ fn an_independent_receiver_gets_everything() {
     assert!(number(&report, "\"build_ids\": ").is_some_and(|count| count > 0), "{report}");
 }
 
+/// Where the receiver takes everything and answers nothing, shutdown gives up in time, and what could not be
+/// delivered is counted.
+#[test]
+fn a_silent_receiver_delays_shutdown_but_not_for_ever() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let port = silent.local_addr().expect("its address").port();
+    let agent = daemon(port, free_port(), &["--window", "2s"]);
+    let load = Background::start(Command::new(workload("burner")).args(["2", "5"]));
+    let _ = load.finish();
+    let stopped = Instant::now();
+    agent.signal(Signal::SIGTERM);
+    let output = agent.finish();
+    let last = stderr(&output).lines().last().unwrap_or_default().to_owned();
+    println!("{last}");
+    assert!(output.status.success() && stopped.elapsed() < Duration::from_secs(15), "{:?}", stopped.elapsed());
+    let number = |before: &str| -> u64 {
+        let rest = last.split(before).nth(1).expect("the books");
+        rest.split(|c: char| !c.is_ascii_digit()).next().and_then(|n| n.parse().ok()).expect("a number")
+    };
+    assert!(number("seen ") > 500, "{last}");
+    assert_eq!(number("seen "), number("exported ") + number("lost in kernel ") + number("dropped "), "{last}");
+}
+
 /// The daemon samples within a second of its start, stays small, and its status endpoint tells.
 #[test]
 fn starts_fast_and_stays_small() {

@@ -148,3 +148,25 @@ fn logs_in_json_with_the_kernels_own() {
     assert!(json.iter().any(|line| line.contains("fork: ")), "{traced}");
     assert!(!with_level("debug").contains("fork: "));
 }
+
+/// A link is written through to what it names, never replaced.
+#[test]
+fn output_through_a_link_keeps_the_link() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let folder = scratch("output_through_a_link");
+    let (link, file) = (folder.join("link.folded"), folder.join("file.folded"));
+    std::fs::write(&file, "before").expect("a file");
+    std::os::unix::fs::symlink(&file, &link).expect("a link");
+    let output = run(record(&["--duration", "1s", "--output"]).arg(&link));
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(std::fs::symlink_metadata(&link).expect("the link").is_symlink());
+    assert_ne!(std::fs::read_to_string(&file).expect("the file"), "before");
+    let redirected = std::fs::File::create(folder.join("redirected")).expect("a file");
+    let status =
+        record(&["--duration", "1s", "--format", "folded", "--output", "/dev/stdout"]).stdout(redirected).status();
+    assert!(status.expect("the agent").success());
+    assert!(std::fs::symlink_metadata("/dev/stdout").expect("/dev/stdout").is_symlink());
+    assert!(!std::fs::read_to_string(folder.join("redirected")).expect("a file").is_empty());
+}

@@ -31,10 +31,20 @@ fn samples_agree_with_cpu_time() {
 /// user mode.
 #[test]
 fn a_known_chain_comes_out_exactly() {
+    check_chain(&["--output", "-"]);
+}
+
+/// The same as the walk is done on kernels without `bpf_loop`.
+#[test]
+fn a_known_chain_comes_out_on_older_kernels() {
+    check_chain(&["--bounded-walk", "--output", "-"]);
+}
+
+fn check_chain(arguments: &[&str]) {
     if !kernel_is_usable() {
         return;
     }
-    let output = run(record(&["--output", "-", "--"]).arg(workload("chain")).arg("8"));
+    let output = run(record(arguments).arg("--").arg(workload("chain")).arg("8"));
     assert!(output.status.success(), "{}", stderr(&output));
     let expected: Vec<String> =
         std::iter::once("main".to_owned()).chain((1..=30).map(|level| format!("level_{level:02}"))).collect();

@@ -49,13 +49,23 @@ pub(crate) fn main(workspace: &Path) -> Outcome {
         return Err("the agent needs root: run this command as root".to_owned());
     };
     command.args(["run", "--endpoint", &format!("http://{RECEIVER}")]);
-    let mut agent = start(&mut command)?;
+    let mut agent = match start(&mut command) {
+        Ok(agent) => agent,
+        Err(message) => {
+            if let Some(sink) = &mut sink {
+                // It was only started for the agent.
+                let _ = sink.kill();
+            }
+            return Err(message);
+        }
+    };
     eprintln!(
         "xtask: profiling this machine; the hottest functions are printed every 15 s\n\
          xtask: receiver http://{RECEIVER} (OTLP gRPC), agent's metrics http://127.0.0.1:7081/metrics\n\
          xtask: Ctrl-C stops"
     );
-    // Ctrl-C reaches all of us: the agent flushes its last window, then the receiver is no longer needed.
+    // Ctrl-C reaches all of us: the agent exports its last window, the receiver waits for it, and we for both.
+    ignore_interrupts();
     let status = agent.wait().map_err(|error| format!("the agent cannot be waited for: {error}"))?;
     if let Some(sink) = &mut sink {
         thread::sleep(Duration::from_millis(200));
@@ -64,6 +74,19 @@ pub(crate) fn main(workspace: &Path) -> Outcome {
         let _ = sink.wait();
     }
     if status.success() { Ok(()) } else { Err(format!("the agent ended with {status}")) }
+}
+
+/// Children that are started already keep reacting to Ctrl-C as they please.
+fn ignore_interrupts() {
+    unsafe extern "C" {
+        fn signal(number: i32, action: usize) -> usize;
+    }
+    const SIGINT: i32 = 2;
+    const SIG_IGN: usize = 1;
+    // SAFETY: ignoring a signal installs no code of ours; the C library that std links has this function.
+    unsafe {
+        signal(SIGINT, SIG_IGN);
+    }
 }
 
 fn start(command: &mut Command) -> Result<Child, String> {

@@ -7,7 +7,7 @@ use std::{path::Path, process::Command};
 use crate::{
     Outcome,
     process::{cargo, find, is_root, output, run},
-    toolchain::Toolchain,
+    toolchain::{Compiler, Toolchain, find_compiler, find_linker},
 };
 
 /// bpf-linker's version; it has to know the LLVM of the compiler.
@@ -15,8 +15,14 @@ const BPF_LINKER: &str = "0.13.0";
 /// Package pairs that bring a rustc with precompiled `core` for BPF, the best first.
 const RUSTC_PACKAGES: &[(&str, &str)] = &[("rustc-web", "libstd-rust-web-dev-bpf"), ("rustc", "libstd-rust-dev-bpf")];
 /// Programs the tests use, and the packages that bring them.
-const TEST_PROGRAMS: &[(&str, &str)] =
-    &[("gcc", "gcc"), ("python3", "python3"), ("go", "golang-go"), ("setpriv", "util-linux")];
+const TEST_PROGRAMS: &[(&str, &str)] = &[
+    ("gcc", "gcc"),
+    ("python3", "python3"),
+    ("go", "golang-go"),
+    ("setpriv", "util-linux"),
+    ("script", "bsdutils"),
+    ("pgrep", "procps"),
+];
 
 pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
     if let Some(unknown) = arguments.first() {
@@ -28,15 +34,17 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
 
 /// What building needs: a compiler with `core` for BPF, and bpf-linker.
 pub(crate) fn for_build(workspace: &Path) -> Outcome {
-    if let Ok(toolchain) = Toolchain::find(workspace) {
-        eprintln!("xtask: kernel programs are built by {toolchain}");
-        return Ok(());
-    }
-    if !has_bpf_compiler() {
-        install_compiler()?;
-    }
     if Toolchain::find(workspace).is_err() {
-        install_linker(workspace)?;
+        let compiler = match find_compiler() {
+            Some(compiler) => compiler,
+            None => {
+                install_compiler()?;
+                find_compiler().ok_or("the installed compiler has no `core` for BPF")?
+            }
+        };
+        if find_linker(workspace).is_none() {
+            install_linker(workspace, &compiler)?;
+        }
     }
     let toolchain = Toolchain::find(workspace).map_err(|missing| missing.to_string())?;
     eprintln!("xtask: kernel programs are built by {toolchain}");
@@ -49,6 +57,11 @@ pub(crate) fn for_tests(workspace: &Path) -> Outcome {
         TEST_PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
     if !missing.is_empty() {
         install_packages(&missing)?;
+    }
+    for (tool, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
+        if output(cargo(workspace).args([tool, "--version"])).is_none() {
+            run(Command::new("rustup").args(["component", "add", component]))?;
+        }
     }
     let venv = workspace.join("target/venv");
     let python = venv.join("bin/python");
@@ -69,10 +82,6 @@ pub(crate) fn for_tests(workspace: &Path) -> Outcome {
     Ok(())
 }
 
-fn has_bpf_compiler() -> bool {
-    Path::new("/usr/lib/rustlib/bpfel-unknown-none/lib").is_dir()
-}
-
 fn install_compiler() -> Outcome {
     update_package_lists();
     let (rustc, core) = RUSTC_PACKAGES.iter().find(|(_, core)| is_available(core)).ok_or(
@@ -83,13 +92,21 @@ fn install_compiler() -> Outcome {
 }
 
 /// Builds bpf-linker against the LLVM that the compiler was built with.
-fn install_linker(workspace: &Path) -> Outcome {
-    let version = output(Command::new("/usr/bin/rustc").arg("-vV")).unwrap_or_default();
+fn install_linker(workspace: &Path, compiler: &Compiler) -> Outcome {
+    let mut rustc = match compiler {
+        Compiler::NightlyBuildStd => {
+            let mut rustup = Command::new("rustup");
+            rustup.args(["run", "nightly", "rustc"]);
+            rustup
+        }
+        Compiler::PrecompiledCore { rustc } => Command::new(rustc),
+    };
+    let version = output(rustc.arg("-vV")).unwrap_or_default();
     let llvm = version
         .lines()
         .find_map(|line| line.strip_prefix("LLVM version: "))
         .and_then(|version| version.split('.').next())
-        .ok_or("the LLVM version of /usr/bin/rustc cannot be told")?
+        .ok_or("the compiler does not tell its LLVM version")?
         .to_owned();
     let prefix = format!("/usr/lib/llvm-{llvm}");
     if !Path::new(&prefix).join("include/llvm-c").is_dir() {

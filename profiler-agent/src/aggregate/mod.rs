@@ -3,15 +3,17 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use profiler_common::abi::sample::{EventKind, StackEnd};
 
 use crate::profile::{Frame, LocatedSample, ProcessInfo, Profile, Sample};
 
-/// Rows after which a window is closed early, so that its memory stays bounded.
-pub const MAX_ROWS: usize = 200_000;
+/// Bytes of rows, estimated, after which a window is closed early, so that its memory stays bounded.
+const MAX_BYTES: usize = 24 << 20;
+/// Estimated bytes of a row besides its frames.
+const ROW_BYTES: usize = 128;
 
 #[derive(PartialEq, Eq, Hash)]
 struct RowKey {
@@ -26,13 +28,15 @@ pub struct Window {
     kind: EventKind,
     period: Duration,
     start: SystemTime,
+    opened: Instant,
     rows: HashMap<RowKey, u64>,
+    bytes: usize,
 }
 
 impl Window {
     /// Opens a window now.
     pub fn open(kind: EventKind, period: Duration) -> Self {
-        Self { kind, period, start: SystemTime::now(), rows: HashMap::new() }
+        Self { kind, period, start: SystemTime::now(), opened: Instant::now(), rows: HashMap::new(), bytes: 0 }
     }
 
     /// Adds a sample with its named frames.
@@ -46,6 +50,7 @@ impl Window {
         match self.rows.entry(key) {
             Entry::Occupied(mut row) => *row.get_mut() += sample.count,
             Entry::Vacant(row) => {
+                self.bytes += ROW_BYTES + row.key().frames.len() * size_of::<Arc<Frame>>();
                 row.insert(sample.count);
             }
         }
@@ -53,13 +58,20 @@ impl Window {
 
     /// Whether it should be closed now, whatever its time.
     pub fn is_full(&self) -> bool {
-        self.rows.len() >= MAX_ROWS
+        self.bytes >= MAX_BYTES
+    }
+
+    /// Whether nothing was added to it.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
     }
 
     /// Closes the window and opens the next one.
     pub fn close(&mut self) -> Profile {
-        let end = SystemTime::now();
-        let start = std::mem::replace(&mut self.start, end);
+        let start = std::mem::replace(&mut self.start, SystemTime::now());
+        // (The wall clock may be set while the window is open.)
+        let opened = std::mem::replace(&mut self.opened, Instant::now());
+        self.bytes = 0;
         let mut samples: Vec<Sample> = std::mem::take(&mut self.rows)
             .into_iter()
             .map(|(key, count)| Sample {
@@ -72,12 +84,6 @@ impl Window {
             .collect();
         // The heaviest first; what weighs the same in a stable order.
         samples.sort_by(|a, b| b.count.cmp(&a.count).then_with(|| a.process.key.cmp(&b.process.key)));
-        Profile {
-            kind: self.kind,
-            start,
-            duration: end.duration_since(start).unwrap_or_default(),
-            period: self.period,
-            samples,
-        }
+        Profile { kind: self.kind, start, duration: self.opened.duration_since(opened), period: self.period, samples }
     }
 }

@@ -50,11 +50,8 @@ pub(super) fn main(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 fn kernel_release() -> Verdict {
     let release = nix::sys::utsname::uname()
         .map_or_else(|_| "unknown".to_owned(), |name| name.release().to_string_lossy().into_owned());
-    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
-    match (numbers.next(), numbers.next()) {
-        (Some(major), Some(minor)) if (major, minor) < (5, 10) => {
-            Verdict::Impossible(format!("Linux {release}; 5.10 or later is needed"))
-        }
+    match kernel::kernel_version() {
+        Some(version) if version < (5, 10) => Verdict::Impossible(format!("Linux {release}; 5.10 or later is needed")),
         _ => Verdict::Good(format!("Linux {release}")),
     }
 }
@@ -74,6 +71,7 @@ fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
         targets_only: true,
         rows: BufferRows::for_rate(1, 1, 1),
         debug_log: false,
+        bounded_walk: false,
     };
     let mut kernel = match Kernel::load(&options) {
         Ok(kernel) => kernel,

@@ -11,6 +11,8 @@ use clap::{Parser, Subcommand};
 
 use self::logging::LogOptions;
 
+/// More descriptors than the agent ever holds.
+const MAX_DESCRIPTORS: u64 = 16_384;
 /// Exit code for bad input and failures.
 const FAILURE: u8 = 1;
 
@@ -43,6 +45,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let logging = arguments.log.start();
+    raise_file_limit();
     let outcome = match arguments.command {
         Command::Record(record) => record::main(record, logging),
         Command::Run(run) => run::main(run, logging),
@@ -54,6 +57,16 @@ pub fn main() -> ExitCode {
             eprintln!("profiler-agent: error: {}", one_line(&error));
             ExitCode::from(FAILURE)
         }
+    }
+}
+
+/// Every executable that is sampled stays open, and shells start programs with 1,024 descriptors.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard.min(MAX_DESCRIPTORS), hard));
+    if let Err(error) = raised {
+        tracing::debug!("the limit of open files stays as it is: {error}");
     }
 }
 

@@ -57,6 +57,9 @@ pub(super) struct Arguments {
     /// The kernel's type information, where it is not in its usual place.
     #[arg(long, value_name = "FILE", default_value = kernel::DEFAULT_BTF, hide = true)]
     btf: PathBuf,
+    /// Walk stacks as on kernels without bpf_loop.
+    #[arg(long, hide = true)]
+    bounded_walk: bool,
     /// A command to start and record, with everything it starts.
     #[arg(last = true, value_name = "CMD")]
     command: Vec<std::ffi::OsString>,
@@ -88,6 +91,7 @@ struct Recording {
     format: Format,
     output: Output,
     btf: PathBuf,
+    bounded_walk: bool,
     command: Vec<std::ffi::OsString>,
 }
 
@@ -135,6 +139,7 @@ impl Arguments {
             format,
             output: Output::open(path)?,
             btf: self.btf,
+            bounded_walk: self.bounded_walk,
             command: self.command,
         })
     }
@@ -257,14 +262,24 @@ fn start_sampling(recording: &Recording, logging: Logging) -> anyhow::Result<(Ke
         targets_only: limited,
         rows: BufferRows::for_rate(cpus, recording.frequency, DRAIN_INTERVAL.as_secs()),
         debug_log: logging.kernel_debug,
+        bounded_walk: recording.bounded_walk,
     })?;
     kernel.attach_notices()?;
     for &pid in &recording.pids {
         kernel.set_target(pid, target::SAMPLE | target::FOLLOW)?;
     }
     // Children that exist already: read after the fork notices are attached, so that none falls in between.
-    for descendant in children_of(&recording.pids) {
-        kernel.set_target(descendant, target::SAMPLE | target::FOLLOW)?;
+    // Repeated, because a child may fork between being listed and becoming a target.
+    let mut known = recording.pids.clone();
+    loop {
+        let new: Vec<u32> = children_of(&known).into_iter().filter(|pid| !known.contains(pid)).collect();
+        if new.is_empty() {
+            break;
+        }
+        for &pid in &new {
+            kernel.set_target(pid, target::SAMPLE | target::FOLLOW)?;
+        }
+        known.extend(new);
     }
     if recording.command.is_empty() {
         kernel.start()?;
@@ -373,7 +388,13 @@ impl Output {
         if path == Path::new("-") {
             return Ok(Self::Stdout);
         }
+        // A link is followed to what it names: replacing the link itself could be replacing /dev/stdout.
+        let path = fs::canonicalize(&path).unwrap_or(path);
         let cannot = || format!("{} cannot be written", path.display());
+        if ["/dev", "/proc"].iter().any(|folder| path.starts_with(folder)) {
+            fs::OpenOptions::new().write(true).open(&path).with_context(cannot)?;
+            return Ok(Self::Special(path));
+        }
         match fs::metadata(&path) {
             Ok(metadata) if metadata.is_dir() => bail!("{} is a directory; name a file in it", path.display()),
             Ok(metadata) if !metadata.is_file() => {
@@ -388,7 +409,7 @@ impl Output {
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(format!(".partial-{}", std::process::id()));
         let temporary = path.with_file_name(name);
-        let file = fs::File::create(&temporary).with_context(cannot)?;
+        let file = fs::OpenOptions::new().write(true).create_new(true).open(&temporary).with_context(cannot)?;
         Ok(Self::File { path, temporary, file })
     }
 

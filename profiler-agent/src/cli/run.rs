@@ -4,7 +4,10 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Du
 
 use anyhow::Context as _;
 use clap::Args;
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+};
 use tracing::{info, warn};
 
 use super::logging::Logging;
@@ -101,6 +104,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         targets_only: false,
         rows: BufferRows::for_rate(cpus, config.frequency, DRAIN_INTERVAL.as_secs()),
         debug_log: logging.kernel_debug,
+        bounded_walk: false,
     })?;
     kernel.attach_notices()?;
     kernel.start()?;
@@ -128,7 +132,8 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
     };
     let (mut pipeline, profiles) = Pipeline::start(kernel, options, &stats)?;
     stats.set_ready(true);
-    let mut exporter = tokio::spawn(export(client, profiles, Arc::clone(&stats)));
+    let (give_up, given_up) = watch::channel(false);
+    let mut exporter = tokio::spawn(export(client, profiles, Arc::clone(&stats), given_up));
 
     tokio::select! {
         _ = interrupt.recv() => info!("interrupted: exporting the last window"),
@@ -139,8 +144,10 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
     stats.set_ready(false);
     pipeline.stop();
     if !exporter.is_finished() && tokio::time::timeout(FLUSH_TIMEOUT, &mut exporter).await.is_err() {
-        warn!("the last window could not be delivered within {FLUSH_TIMEOUT:?}");
-        exporter.abort();
+        warn!("not everything could be delivered within {FLUSH_TIMEOUT:?}");
+        // It counts what it still has, and ends. An error means that it has just ended.
+        let _ = give_up.send(true);
+        let _ = exporter.await;
     }
     let outcome = pipeline.join();
     status.abort();
@@ -154,15 +161,32 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-/// Sends every profile that comes, in order, until the queue closes.
-async fn export(mut client: Client, mut profiles: mpsc::Receiver<Profile>, stats: Arc<Stats>) {
+/// Sends every profile that comes, in order, until the queue closes; once told to give up, counts them instead.
+async fn export(
+    mut client: Client,
+    mut profiles: mpsc::Receiver<Profile>,
+    stats: Arc<Stats>,
+    mut given_up: watch::Receiver<bool>,
+) {
     let mut reachable = true;
     while let Some(profile) = profiles.recv().await {
         for (samples, request) in otlp::requests(&profile) {
-            match send(&mut client, request, &stats).await {
+            let sent = request.resource_profiles.len();
+            let outcome = tokio::select! {
+                biased;
+                _ = given_up.wait_for(|&given_up| given_up) => {
+                    stats.dropped_at_shutdown.add(samples);
+                    continue;
+                }
+                outcome = send(&mut client, request, &stats) => outcome,
+            };
+            match outcome {
                 Ok(rejected) => {
-                    stats.samples_exported.add(samples);
-                    stats.profiles_rejected.add(u64::try_from(rejected).unwrap_or_default());
+                    let rejected = usize::try_from(rejected).unwrap_or_default();
+                    stats.profiles_rejected.add(rejected as u64);
+                    // (Which samples a partial rejection hit is not said; all of them is the only sure case.)
+                    let counter = if rejected >= sent { &stats.dropped_refused } else { &stats.samples_exported };
+                    counter.add(samples);
                     if !reachable {
                         info!("{} accepts profiles again", client.endpoint());
                     }

@@ -88,6 +88,7 @@ pub(crate) mod testing {
                 size: 0x4000,
                 address: VirtualAddress(0x40_1000),
             }]),
+            is_nameable: true,
             file: Mutex::new(None),
         });
         let native = |name, address| {

@@ -36,7 +36,12 @@ pub fn encode(profile: &Profile) -> anyhow::Result<Vec<u8>> {
 /// inferno takes a frame's annotation for its colour and does not show it; kernel frames get a second one, so
 /// that people see it too.
 fn annotate(stack: &str) -> String {
-    stack.replace(KERNEL, &format!("{KERNEL}{KERNEL}"))
+    let stack = stack.replace(KERNEL, &format!("{KERNEL}{KERNEL}"));
+    match stack.rsplit_once(' ') {
+        // Two numbers at the end of a line would be read as the two columns of a difference.
+        Some((rest, last)) if last.parse::<f64>().is_ok() => format!("{rest}_{last}"),
+        _ => stack,
+    }
 }
 
 /// Annotation of kernel frames.

@@ -1,6 +1,6 @@
 //! The sampling clock: one perf event per online CPU.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use aya::{
     Ebpf,
@@ -46,11 +46,15 @@ pub struct Clock {
     frequency: u64,
     source: Option<ClockSource>,
     links: BTreeMap<u32, PerfEventLinkId>,
+    /// Events per CPU at the last look.
+    fired: Vec<u64>,
+    /// Time spent suspended, at the last look.
+    suspended: Duration,
 }
 
 impl Clock {
     pub(super) fn new(program: &'static str, frequency: u64) -> Self {
-        Self { program, frequency, source: None, links: BTreeMap::new() }
+        Self { program, frequency, source: None, links: BTreeMap::new(), fired: Vec::new(), suspended: suspended() }
     }
 
     /// What drives it; known once started.
@@ -84,14 +88,31 @@ impl Clock {
         Ok(())
     }
 
-    pub(super) fn follow_hotplug(&mut self, ebpf: &mut Ebpf) -> Result<(), KernelError> {
+    /// Makes sure that every online CPU is sampled. `fired` counts the events of each CPU so far.
+    ///
+    /// A CPU that goes offline loses its events for good (`perf_event_exit_cpu`, `kernel/events/core.c`), and
+    /// may be back before anybody looks: after suspend, and where a timer has not fired since the last look,
+    /// the event is made anew.
+    pub(super) fn follow_hotplug(&mut self, ebpf: &mut Ebpf, fired: Vec<u64>) -> Result<(), KernelError> {
         let Some(source) = self.source else { return Ok(()) };
         let online = online()?;
-        let gone: Vec<u32> = self.links.keys().filter(|cpu| !online.contains(cpu)).copied().collect();
-        for cpu in gone {
-            debug!("CPU {cpu} went offline");
+        let suspended_now = suspended();
+        let was_suspended = suspended_now > self.suspended + Duration::from_millis(100);
+        let is_silent = |cpu: u32| {
+            let now = fired.get(cpu as usize);
+            source == ClockSource::CpuClock && now.is_some() && now == self.fired.get(cpu as usize)
+        };
+        let stale: Vec<u32> = self
+            .links
+            .keys()
+            .copied()
+            .filter(|&cpu| !online.contains(&cpu) || was_suspended || is_silent(cpu))
+            .collect();
+        for cpu in stale {
+            debug!("CPU {cpu} is offline, or was");
             self.close(ebpf, cpu)?;
         }
+        (self.fired, self.suspended) = (fired, suspended_now);
         for &cpu in &online {
             if !self.links.contains_key(&cpu) {
                 // It may go offline again at any moment; the next look tells.
@@ -132,6 +153,13 @@ impl Clock {
         }
         Ok(())
     }
+}
+
+/// How long this machine has been suspended since boot.
+fn suspended() -> Duration {
+    use nix::time::{ClockId, clock_gettime};
+    let read = |clock| clock_gettime(clock).map(Duration::from).unwrap_or_default();
+    read(ClockId::CLOCK_BOOTTIME).saturating_sub(read(ClockId::CLOCK_MONOTONIC))
 }
 
 fn online() -> Result<std::collections::BTreeSet<u32>, KernelError> {

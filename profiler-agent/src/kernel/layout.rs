@@ -26,6 +26,24 @@ pub struct Features {
     pub mmap_hook: bool,
 }
 
+/// Flags of threads that never run in user mode (`include/linux/sched.h`): io_uring workers, kernel threads, and
+/// since 6.4 user workers, whose bit meant something else before.
+pub(super) fn no_user_mode_flags() -> u32 {
+    const PF_IO_WORKER: u32 = 0x10;
+    const PF_USER_WORKER: u32 = 0x4000;
+    const PF_KTHREAD: u32 = 0x20_0000;
+    let has_user_workers = kernel_version().is_some_and(|version| version >= (6, 4));
+    PF_IO_WORKER | PF_KTHREAD | if has_user_workers { PF_USER_WORKER } else { 0 }
+}
+
+/// Major and minor version of the running kernel.
+pub fn kernel_version() -> Option<(u32, u32)> {
+    let name = nix::sys::utsname::uname().ok()?;
+    let release = name.release().to_str()?.to_owned();
+    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse().ok());
+    Some((numbers.next()?, numbers.next()?))
+}
+
 /// Reads layout and features from the BTF at `path`.
 pub fn read(path: &Path) -> Result<(KernelLayout, Features), KernelError> {
     let types = KernelTypes::read(path, STRUCTS, &["bpf_loop", "bpf_task_pt_regs", "perf_event_mmap"])?;

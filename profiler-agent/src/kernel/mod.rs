@@ -35,7 +35,7 @@ pub use self::{
     buffers::BufferRows,
     clock::{Clock, ClockSource},
     cpus::online as online_cpus,
-    layout::Features,
+    layout::{Features, kernel_version},
     rings::{DebugLog, Ring},
 };
 
@@ -123,6 +123,8 @@ pub struct Options<'a> {
     pub rows: BufferRows,
     /// Let the programs log through aya-log.
     pub debug_log: bool,
+    /// Walk stacks as on kernels without `bpf_loop`, although this one has it.
+    pub bounded_walk: bool,
 }
 
 /// The loaded kernel programs and their maps.
@@ -145,7 +147,7 @@ impl Kernel {
         let settings = Settings {
             targets_only: u32::from(options.targets_only),
             has_task_pt_regs: u32::from(features.task_pt_regs),
-            reserved: 0,
+            no_user_mode_flags: layout::no_user_mode_flags(),
             magic: SETTINGS_MAGIC,
         };
         let types = Btf::parse_file(options.btf, aya::Endianness::default())
@@ -185,7 +187,7 @@ impl Kernel {
                 features.mmap_hook = false;
             }
         }
-        let clock_program = if features.bpf_loop { "on_cpu_loop" } else { "on_cpu_bounded" };
+        let clock_program = if features.bpf_loop && !options.bounded_walk { "on_cpu_loop" } else { "on_cpu_bounded" };
         let program: &mut PerfEvent = program(&mut ebpf, clock_program)?;
         program.load().map_err(|error| KernelError::Program { program: clock_program, error })?;
         let clock = Clock::new(clock_program, options.frequency);
@@ -217,7 +219,8 @@ impl Kernel {
 
     /// Starts the clock on CPUs that came online and forgets those that went.
     pub fn follow_hotplug(&mut self) -> Result<(), KernelError> {
-        self.clock.follow_hotplug(&mut self.ebpf)
+        let fired = self.counters.get(&(Counter::Fired as u32), 0)?.to_vec();
+        self.clock.follow_hotplug(&mut self.ebpf, fired)
     }
 
     /// Stops the sampling clock everywhere; samples already taken stay in the buffers.

@@ -6,7 +6,7 @@ use object::{
     LittleEndian as LE,
     elf::{
         ELFCLASS64, ELFDATA2LSB, ELFMAG, FileHeader64, NT_GNU_BUILD_ID, NoteHeader64, PF_X, PT_LOAD, PT_NOTE,
-        ProgramHeader64,
+        ProgramHeader64, SHT_DYNSYM, SHT_SYMTAB, SectionHeader64,
     },
     pod,
 };
@@ -17,6 +17,10 @@ use crate::profile::{FileOffset, Segment, VirtualAddress};
 const MAX_PROGRAM_HEADERS: usize = 256;
 /// Most bytes of one note segment read.
 const MAX_NOTES: usize = 16 << 10;
+/// Most section headers read.
+const MAX_SECTIONS: usize = 4096;
+/// Most bytes of symbol tables that are worth reading: four million symbols. Their index takes a third of it.
+const MAX_SYMBOL_BYTES: u64 = 96 << 20;
 /// Longest build ID kept.
 const MAX_BUILD_ID: usize = 64;
 
@@ -25,6 +29,8 @@ const MAX_BUILD_ID: usize = 64;
 pub(super) struct ElfSummary {
     pub(super) segments: Vec<Segment>,
     pub(super) build_id: Option<Box<[u8]>>,
+    /// Whether the symbol tables are of a size worth reading.
+    pub(super) is_nameable: bool,
 }
 
 /// Reads headers and notes. `None`: not a little-endian 64-bit ELF file, or a broken one.
@@ -43,7 +49,8 @@ pub(super) fn summarize(file: &File) -> Option<ElfSummary> {
     let table = read(file, header.e_phoff.get(LE), count * entry)?;
     let (programs, _) = pod::slice_from_bytes::<ProgramHeader64<LE>>(&table, count).ok()?;
 
-    let mut summary = ElfSummary::default();
+    let mut summary =
+        ElfSummary { is_nameable: symbol_bytes(file, header) <= MAX_SYMBOL_BYTES, ..ElfSummary::default() };
     for program in programs {
         match program.p_type.get(LE) {
             PT_LOAD if program.p_flags.get(LE).0 & PF_X.0 != 0 => summary.segments.push(Segment {
@@ -59,6 +66,18 @@ pub(super) fn summarize(file: &File) -> Option<ElfSummary> {
         }
     }
     Some(summary)
+}
+
+/// Bytes of all symbol tables, as the section headers state them; without section headers there are none.
+fn symbol_bytes(file: &File, header: &FileHeader64<LE>) -> u64 {
+    let entry = size_of::<SectionHeader64<LE>>();
+    let count = usize::from(header.e_shnum.get(LE)).min(MAX_SECTIONS);
+    let Some(table) = read(file, header.e_shoff.get(LE), count * entry) else { return 0 };
+    let Ok((sections, _)) = pod::slice_from_bytes::<SectionHeader64<LE>>(&table, count) else { return 0 };
+    sections
+        .iter()
+        .filter(|section| matches!(section.sh_type.get(LE), SHT_SYMTAB | SHT_DYNSYM))
+        .fold(0, |sum, section| sum.saturating_add(section.sh_size.get(LE)))
 }
 
 /// Finds the GNU build ID among notes.

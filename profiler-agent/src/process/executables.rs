@@ -2,9 +2,12 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io::{Read as _, Seek as _, SeekFrom, Write as _},
-    os::unix::fs::MetadataExt as _,
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    },
     sync::{Arc, Mutex},
 };
 
@@ -16,8 +19,10 @@ use super::{
 };
 use crate::profile::{Executable, ExecutableId};
 
-/// Most files kept open. Further ones are known by name only.
+/// Most files kept open. Further ones are known by name only, and opened when there is room.
 const MAX_OPEN: usize = 1024;
+/// Most files known at all. Code of further ones counts as anonymous.
+const MAX_KNOWN: usize = 4096;
 /// Drains after which a file that no process maps any more is closed.
 const CLOSE_AFTER: u64 = 12;
 /// The kernel's name of its shared library in every process.
@@ -36,8 +41,32 @@ pub(super) struct MappedFile(pub(super) Arc<Executable>);
 
 struct Entry {
     file: Arc<MappedFile>,
+    /// What the file looked like when it was opened; `None` where it could not be.
+    stamp: Option<Stamp>,
     /// The drain in which a process was last seen to map it.
     last_mapped: u64,
+}
+
+impl Entry {
+    /// Whether the file is open and has not been rewritten since.
+    fn is_current(&self) -> bool {
+        self.stamp.is_some() && self.file.0.file().and_then(|file| Stamp::of(&file)) == self.stamp
+    }
+}
+
+/// Tells contents of one inode apart. (The change time also changes with the last link: a deleted file is
+/// still the same.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    size: u64,
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    fn of(file: &File) -> Option<Self> {
+        let metadata = file.metadata().ok()?;
+        Some(Self { size: metadata.size(), modified: (metadata.mtime(), metadata.mtime_nsec()) })
+    }
 }
 
 /// Every executable file that is mapped somewhere, or was a moment ago.
@@ -69,12 +98,22 @@ impl Executables {
         let key = FileKey { device: line.device, inode: line.inode };
         if let Some(entry) = self.entries.get_mut(&key) {
             entry.last_mapped = generation;
-            return Some(Arc::clone(&entry.file));
+            if entry.is_current() {
+                return Some(Arc::clone(&entry.file));
+            }
+            // Rewritten in place since, or never opened: it is read anew, under an identity of its own.
+            entry.file.0.close();
+            self.entries.remove(&key);
         }
-        let file = if self.entries.len() < MAX_OPEN { open(tgid, line) } else { None };
+        if self.entries.len() >= MAX_KNOWN {
+            return None;
+        }
+        let is_room = self.entries.values().filter(|entry| entry.stamp.is_some()).count() < MAX_OPEN;
+        let file = if is_room { open(tgid, line) } else { None };
+        let stamp = file.as_ref().and_then(Stamp::of);
         let summary = file.as_ref().and_then(elf::summarize).unwrap_or_default();
         let file = self.add(line.path.clone(), summary, file);
-        self.entries.insert(key, Entry { file: Arc::clone(&file), last_mapped: generation });
+        self.entries.insert(key, Entry { file: Arc::clone(&file), stamp, last_mapped: generation });
         Some(file)
     }
 
@@ -100,6 +139,7 @@ impl Executables {
             path,
             build_id: summary.build_id,
             segments: summary.segments.into(),
+            is_nameable: summary.is_nameable,
             file: Mutex::new(file.map(Arc::new)),
         })))
     }
@@ -121,15 +161,28 @@ impl Executables {
 fn open(tgid: u32, line: &MapsLine) -> Option<File> {
     let link = format!("/proc/{tgid}/map_files/{:x}-{:x}", line.start, line.end);
     let by_path = || {
-        let file = File::open(format!("/proc/{tgid}/root{}", line.path)).ok()?;
+        let file = open_regular(&format!("/proc/{tgid}/root{}", line.path))?;
         (file.metadata().ok()?.ino() == line.inode).then_some(file)
     };
-    let file = File::open(&link).ok().or_else(by_path);
+    let file = open_regular(&link).or_else(by_path);
     if file.is_none() {
         debug!("{} cannot be opened; its frames stay unnamed", line.path);
     }
-    // A device or pipe could block or have side effects when read.
-    file.filter(|file| file.metadata().is_ok_and(|metadata| metadata.is_file()))
+    file
+}
+
+/// Opens a regular file and nothing else: opening a pipe may block, opening a device may do anything. The path
+/// is looked up once, without opening what it names, so that it cannot become something else in between.
+fn open_regular(path: &str) -> Option<File> {
+    let place = OpenOptions::new().read(true).custom_flags(nix::libc::O_PATH).open(path).ok()?;
+    if !place.metadata().ok()?.is_file() {
+        return None;
+    }
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .open(format!("/proc/self/fd/{}", place.as_raw_fd()))
+        .ok()
 }
 
 fn copy_own_vdso() -> Option<File> {

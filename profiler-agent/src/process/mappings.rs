@@ -32,7 +32,7 @@ pub(super) struct Mappings(Vec<Mapping>);
 impl Mappings {
     /// Adds a mapping; what it covers of earlier ones is gone.
     pub(super) fn insert(&mut self, mapping: Mapping) {
-        if mapping.start >= mapping.end {
+        if mapping.start >= mapping.end || !self.make_room(&mapping) {
             return;
         }
         let first = self.0.partition_point(|existing| existing.end <= mapping.start);
@@ -56,7 +56,21 @@ impl Mappings {
             }
         }
         self.0.splice(first..last, replacement);
-        self.0.truncate(MAX_MAPPINGS);
+    }
+
+    /// Keeps the number bounded: files are worth more than code made at run time, of which there can be any
+    /// number of pieces.
+    fn make_room(&mut self, mapping: &Mapping) -> bool {
+        if self.0.len() < MAX_MAPPINGS {
+            return true;
+        }
+        if matches!(mapping.backing, Backing::File(_))
+            && let Some(index) = self.0.iter().rposition(|existing| matches!(existing.backing, Backing::Anonymous))
+        {
+            self.0.remove(index);
+            return true;
+        }
+        false
     }
 
     /// Where `address`, an address to look up, is.
@@ -92,6 +106,7 @@ mod tests {
             path: format!("/{id}"),
             build_id: None,
             segments: Box::default(),
+            is_nameable: true,
             file: Mutex::new(None),
         }))))
     }

@@ -24,6 +24,10 @@ use crate::profile::{CodeAddress, LocatedSample, Location, ProcessInfo, RawSampl
 const MAX_PROCESSES: usize = 32 << 10;
 /// Drains for which an exited process is remembered: it may be sampled until the kernel has let go of it.
 const KEEP_EXITED: u64 = 2;
+/// Drains after which a process's mappings are read again when it is sampled: what was unmapped is not announced.
+const RESCAN_AFTER: u64 = 12;
+/// Drains between two looks at which processes still exist: an exit notice may have been lost.
+const SWEEP_EVERY: u64 = 12;
 
 struct Process {
     info: Arc<ProcessInfo>,
@@ -134,8 +138,11 @@ impl ProcessTable {
         if self.newest.get(&key.tgid).is_none_or(|newest| newest.start_time_ns <= key.start_time_ns) {
             self.see(key);
         }
-        let mut user = self.locate_user(&sample);
         let scanned = self.processes.get(&key).and_then(|process| process.scanned);
+        if scanned.is_some_and(|scanned| self.generation - scanned >= RESCAN_AFTER) && !sample.user.is_empty() {
+            self.scan(key);
+        }
+        let mut user = self.locate_user(&sample);
         if user.iter().any(|location| matches!(location, Location::Unmapped(_)))
             && scanned != Some(self.generation)
             && self.scan(key)
@@ -157,20 +164,36 @@ impl ProcessTable {
         }
     }
 
-    /// Ends a drain: forgets processes whose last samples have been read.
-    pub fn end_drain(&mut self) {
+    /// Ends a drain: forgets processes whose last samples have been read. Returns the PIDs of those that no
+    /// other process has taken over.
+    pub fn end_drain(&mut self) -> Vec<u32> {
         self.generation += 1;
+        if self.generation.is_multiple_of(SWEEP_EVERY) {
+            self.end_vanished();
+        }
+        let mut gone = Vec::new();
         let (generation, newest) = (self.generation, &mut self.newest);
         self.processes.retain(|key, process| {
             let keep = process.ended.is_none_or(|ended| generation.saturating_sub(ended) < KEEP_EXITED);
             if !keep && newest.get(&key.tgid) == Some(key) {
                 newest.remove(&key.tgid);
+                gone.push(key.tgid);
             }
             keep
         });
         let newest = &self.newest;
         self.exited.retain(|tgid| newest.contains_key(tgid));
         self.executables.sweep(self.generation);
+        gone
+    }
+
+    /// Ends every process that is not there any more, whatever notices said.
+    fn end_vanished(&mut self) {
+        for (key, process) in &mut self.processes {
+            if process.ended.is_none() && start_ticks(key.tgid) != Some(ticks_of(key.start_time_ns)) {
+                process.ended = Some(self.generation);
+            }
+        }
     }
 
     /// Sizes and events so far.
@@ -180,28 +203,28 @@ impl ProcessTable {
 
     /// Makes sure that an image is in the table, and that older images of its PID are on their way out.
     fn see(&mut self, key: ProcessKey) {
-        match self.newest.insert(key.tgid, key) {
-            Some(older) if older != key => {
-                if older.start_time_ns == key.start_time_ns && older.exec_id > key.exec_id {
-                    // A late sample of an image that has since been replaced.
-                    self.newest.insert(key.tgid, older);
-                } else if let Some(process) = self.processes.get_mut(&older) {
-                    process.ended.get_or_insert(self.generation);
-                }
+        if !self.processes.contains_key(&key) && self.processes.len() >= MAX_PROCESSES {
+            return;
+        }
+        let newest = *self.newest.entry(key.tgid).or_insert(key);
+        let is_replaced = newest.start_time_ns == key.start_time_ns && newest.exec_id > key.exec_id;
+        if newest != key && !is_replaced {
+            if let Some(older) = self.processes.get_mut(&newest) {
+                older.ended.get_or_insert(self.generation);
             }
-            _ => {}
+            self.newest.insert(key.tgid, key);
+            self.exited.remove(&key.tgid);
         }
-        self.exited.remove(&key.tgid);
-        if self.processes.len() < MAX_PROCESSES {
-            self.processes.entry(key).or_insert_with(|| Process {
-                info: Arc::new(ProcessInfo { key, name: String::new() }),
-                mappings: Arc::default(),
-                executable: None,
-                inherited: false,
-                scanned: None,
-                ended: None,
-            });
-        }
+        // A late sample of an image that has been replaced since does not bring it back for good.
+        let ended = is_replaced.then_some(self.generation);
+        self.processes.entry(key).or_insert_with(|| Process {
+            info: Arc::new(ProcessInfo { key, name: String::new() }),
+            mappings: Arc::default(),
+            executable: None,
+            inherited: false,
+            scanned: None,
+            ended,
+        });
     }
 
     fn fork(&mut self, parent: ProcessKey, child: ProcessKey) {
@@ -234,7 +257,8 @@ impl ProcessTable {
     /// Reads the mappings of a living process. False: it is gone, or runs another program by now.
     fn scan(&mut self, key: ProcessKey) -> bool {
         self.stats.scans += 1;
-        let scanned = self.newest.get(&key.tgid) == Some(&key) && self.try_scan(key).is_some();
+        let is_newest = self.newest.get(&key.tgid) == Some(&key) && self.processes.contains_key(&key);
+        let scanned = is_newest && self.try_scan(key).is_some();
         if !scanned {
             self.stats.scans_failed += 1;
         }

@@ -71,7 +71,9 @@ impl Frame {
 
 /// Replaces what would end a frame, a line or an XML document: names come from files that anybody may have made.
 pub fn printable(name: &str) -> String {
-    name.chars().map(|c| if c == ';' || c.is_control() { ':' } else { c }).collect()
+    name.chars()
+        .map(|c| if c == ';' || c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') { ':' } else { c })
+        .collect()
 }
 
 /// Frames are the same when they run the same place of the same code.

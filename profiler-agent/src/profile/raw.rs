@@ -72,6 +72,13 @@ impl RawSample {
     }
 }
 
+impl RawSample {
+    /// How many samples a row stands for that does not decode: what its first field says, or one.
+    pub fn count_of(bytes: &[u8]) -> u64 {
+        SampleHeader::read_from_prefix(bytes).map_or(1, |(header, _)| header.count.max(1))
+    }
+}
+
 /// A command name may hold any bytes: what is not printable text is replaced.
 fn comm_to_string(comm: &Comm) -> String {
     let end = comm.iter().position(|&byte| byte == 0).unwrap_or(comm.len());

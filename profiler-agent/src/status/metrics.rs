@@ -21,7 +21,6 @@ pub(super) fn render(stats: &Stats) -> String {
     }
     page.counter("samples_drained", "Samples read from the kernel.", stats.samples_drained.get());
     page.counter("rows_drained", "Rows (distinct stacks per drain) read from the kernel.", stats.rows_drained.get());
-    page.counter("rows_malformed", "Rows that did not decode.", stats.rows_malformed.get());
     page.counter("drains_postponed", "Drains put off because naming was behind.", stats.drains_postponed.get());
     page.counter("windows_closed", "Aggregation windows closed.", stats.windows_closed.get());
     page.counter("rows_exported", "Rows (distinct stacks per window) handed to exporters.", stats.rows_exported.get());

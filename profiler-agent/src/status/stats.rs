@@ -35,8 +35,8 @@ pub struct Stats {
     pub samples_drained: Count,
     /// Rows read from the kernel: distinct stacks per drain.
     pub rows_drained: Count,
-    /// Rows that did not decode.
-    pub rows_malformed: Count,
+    /// Samples whose rows did not decode.
+    pub dropped_malformed: Count,
     /// Drains put off because the namer was behind.
     pub drains_postponed: Count,
     /// Windows closed.
@@ -51,6 +51,8 @@ pub struct Stats {
     pub dropped_namer_gone: Count,
     /// Samples dropped because exporters were behind.
     pub dropped_queue_full: Count,
+    /// Samples dropped because shutdown could not wait for their receiver any longer.
+    pub dropped_at_shutdown: Count,
     /// Samples dropped because the receiver refused them or stayed away.
     pub dropped_refused: Count,
     /// Profiles a receiver rejected while accepting the rest of their request.
@@ -93,11 +95,13 @@ impl Stats {
     }
 
     /// Samples dropped on the way from the kernel to an exporter's destination.
-    pub fn dropped(&self) -> [(&'static str, &'static str, u64); 3] {
+    pub fn dropped(&self) -> [(&'static str, &'static str, u64); 5] {
         [
+            ("drain", "malformed", self.dropped_malformed.get()),
             ("name", "namer_gone", self.dropped_namer_gone.get()),
             ("export", "queue_full", self.dropped_queue_full.get()),
             ("export", "refused", self.dropped_refused.get()),
+            ("export", "shutdown", self.dropped_at_shutdown.get()),
         ]
     }
 

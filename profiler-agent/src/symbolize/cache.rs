@@ -66,6 +66,14 @@ impl FrameCache {
         }
     }
 
+    /// Drops every kernel frame: their addresses may mean something else now.
+    pub(super) fn forget_kernel(&mut self) {
+        for (frames, bytes) in [(&mut self.young, &mut self.young_bytes), (&mut self.old, &mut self.old_bytes)] {
+            frames.retain(|key, _| !matches!(key, FrameKey::Kernel(_)));
+            *bytes = frames.values().map(|frame| bytes_of(frame)).sum();
+        }
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.young_bytes + self.old_bytes
     }

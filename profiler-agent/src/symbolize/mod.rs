@@ -5,11 +5,12 @@
 //! nor `Sync`.
 
 mod cache;
+mod demangle;
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
     os::fd::AsRawFd as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
@@ -28,8 +29,8 @@ use crate::profile::{Executable, Frame, FrameName, FrameType, LocatedSample, Loc
 
 /// Files whose symbol tables blazesym may keep; the least recently used one goes first.
 const MAX_FILES: usize = 32;
-/// Longest function name kept, bytes: a C++ template's can be endless.
-const MAX_NAME: usize = 1024;
+/// Names of loaded kernel modules and their addresses: kernel symbols are read again when it changes.
+const MODULES: &str = "/proc/modules";
 
 /// What was asked and found, for metrics.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,25 +45,38 @@ pub struct SymbolizeStats {
     pub cache_evictions: u64,
 }
 
+/// A file whose symbols blazesym holds. Its path names a descriptor, and descriptors are used again.
+struct HeldFile {
+    path: PathBuf,
+    executable: Arc<Executable>,
+}
+
 /// Names frames and remembers them.
 pub struct FrameNamer {
     symbolizer: Symbolizer,
     cache: FrameCache,
     /// Files whose symbols blazesym holds, least recently used first.
-    files: VecDeque<PathBuf>,
+    files: VecDeque<HeldFile>,
+    /// What [`MODULES`] said when kernel symbols were read.
+    modules: Vec<u8>,
     stats: SymbolizeStats,
 }
 
 impl FrameNamer {
     /// A namer whose cache holds about `budget` bytes.
     pub fn new(budget: usize) -> Self {
-        let symbolizer =
-            Symbolizer::builder().enable_code_info(false).enable_inlined_fns(false).enable_auto_reload(true).build();
-        Self { symbolizer, cache: FrameCache::new(budget), files: VecDeque::new(), stats: SymbolizeStats::default() }
+        Self {
+            symbolizer: new_symbolizer(),
+            cache: FrameCache::new(budget),
+            files: VecDeque::new(),
+            modules: std::fs::read(MODULES).unwrap_or_default(),
+            stats: SymbolizeStats::default(),
+        }
     }
 
     /// Names every frame of the samples. The result has one vector of frames per sample, leaf first.
     pub fn name(&mut self, samples: &[LocatedSample]) -> Vec<Vec<Arc<Frame>>> {
+        self.forget_stale();
         self.resolve_missing(samples);
         samples.iter().map(|sample| sample.locations.iter().map(|location| self.frame(location)).collect()).collect()
     }
@@ -112,16 +126,14 @@ impl FrameNamer {
 
     fn resolve_file(&mut self, executable: &Arc<Executable>, offsets: &[u64]) {
         let names = match executable.file() {
-            Some(file) => {
+            Some(file) if executable.is_nameable => {
                 let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-                let mut elf = Elf::new(path.clone());
+                self.hold(&path, executable);
+                let mut elf = Elf::new(path);
                 elf.debug_syms = false;
-                let names =
-                    names_of(self.symbolizer.symbolize(&Source::Elf(elf), Input::FileOffset(offsets)), offsets.len());
-                self.remember_file(path);
-                names
+                names_of(self.symbolizer.symbolize(&Source::Elf(elf), Input::FileOffset(offsets)), offsets.len())
             }
-            None => vec![FrameName::Unnamed; offsets.len()],
+            _ => vec![FrameName::Unnamed; offsets.len()],
         };
         for (&offset, name) in offsets.iter().zip(names) {
             let offset = crate::profile::FileOffset(offset);
@@ -168,18 +180,58 @@ impl FrameNamer {
         frame
     }
 
-    /// Keeps the number of files bounded whose symbols blazesym holds: its own cache never shrinks by itself.
-    fn remember_file(&mut self, path: PathBuf) {
-        self.files.retain(|known| *known != path);
-        self.files.push_back(path);
+    /// Lets go of files that were closed, and of kernel symbols when modules came or went.
+    fn forget_stale(&mut self) {
+        let closed: Vec<PathBuf> =
+            self.files.iter().filter(|held| held.executable.file().is_none()).map(|held| held.path.clone()).collect();
+        for path in closed {
+            self.evict(&path);
+        }
+        let modules = std::fs::read(MODULES).unwrap_or_default();
+        if modules != self.modules {
+            debug!("kernel modules changed: symbols are read again");
+            self.modules = modules;
+            self.symbolizer = new_symbolizer();
+            self.files.clear();
+            self.cache.forget_kernel();
+        }
+    }
+
+    /// Keeps what blazesym holds bounded, since its own cache never shrinks by itself, and makes sure that
+    /// what it holds under `path` is this executable.
+    fn hold(&mut self, path: &Path, executable: &Arc<Executable>) {
+        let known = self.files.iter().position(|held| held.path == path);
+        match known.and_then(|index| self.files.remove(index)) {
+            Some(held) if held.executable.id == executable.id => self.files.push_back(held),
+            Some(_) => {
+                self.evict(path);
+                self.files.push_back(HeldFile { path: path.to_owned(), executable: Arc::clone(executable) });
+            }
+            None => self.files.push_back(HeldFile { path: path.to_owned(), executable: Arc::clone(executable) }),
+        }
         while self.files.len() > MAX_FILES {
-            if let Some(oldest) = self.files.pop_front()
-                && let Err(error) = self.symbolizer.evict(&Evict::Elf(evict::Elf::new(oldest)))
-            {
-                debug!("symbols could not be evicted: {error}");
+            if let Some(oldest) = self.files.front().map(|held| held.path.clone()) {
+                self.evict(&oldest);
             }
         }
     }
+
+    fn evict(&mut self, path: &Path) {
+        self.files.retain(|held| held.path != path);
+        if let Err(error) = self.symbolizer.evict(&Evict::Elf(evict::Elf::new(path))) {
+            debug!("symbols could not be evicted: {error}");
+        }
+    }
+}
+
+fn new_symbolizer() -> Symbolizer {
+    // Demangling is ours: see `demangle`.
+    Symbolizer::builder()
+        .enable_code_info(false)
+        .enable_inlined_fns(false)
+        .enable_auto_reload(true)
+        .enable_demangling(false)
+        .build()
 }
 
 fn unnamed(frame_type: FrameType, address: u64, executable: Option<Arc<Executable>>) -> Arc<Frame> {
@@ -195,14 +247,10 @@ fn names_of(result: blazesym::Result<Vec<Symbolized<'_>>>, len: usize) -> Vec<Fr
     let mut names: Vec<FrameName> = symbolized
         .into_iter()
         .map(|symbolized| match symbolized {
-            Symbolized::Sym(symbol) => FrameName::Function(shorten(&symbol.name).into()),
+            Symbolized::Sym(symbol) => FrameName::Function(demangle::readable(&symbol.name).into()),
             Symbolized::Unknown(_) => FrameName::Unnamed,
         })
         .collect();
     names.resize(len, FrameName::Unnamed);
     names
-}
-
-fn shorten(name: &str) -> &str {
-    &name[..name.floor_char_boundary(MAX_NAME)]
 }

@@ -12,8 +12,8 @@ pub struct Settings {
     pub targets_only: u32,
     /// 1: `bpf_task_pt_regs` exists (Linux 5.15 and later).
     pub has_task_pt_regs: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Task flags of threads that never run in user mode.
+    pub no_user_mode_flags: u32,
     /// Never zero, so that no other read-only global can be merged with this one.
     pub magic: u32,
 }

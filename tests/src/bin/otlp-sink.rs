@@ -2,7 +2,7 @@
 //!
 //! `cargo xtask run` starts it, so that a first look needs no backend. It stores nothing.
 
-use std::{collections::HashMap, net::SocketAddr, process::ExitCode};
+use std::{collections::HashMap, net::SocketAddr, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, bail};
 use opentelemetry_proto::tonic::{
@@ -17,6 +17,8 @@ use tonic::{Request, Response, Status, codec::CompressionEncoding, transport::Se
 
 /// Rows printed per export.
 const TOP: usize = 12;
+/// Time left to senders after Ctrl-C.
+const GRACE: Duration = Duration::from_secs(3);
 /// Largest request accepted, bytes.
 const MAX_REQUEST: usize = 16 << 20;
 
@@ -79,6 +81,13 @@ fn print_hottest(by_function: HashMap<(String, String), i64>) {
     }
 }
 
+/// Ctrl-C in a shell interrupts sender and receiver at once: the sender gets the time to send its last profile.
+async fn interrupted() {
+    if tokio::signal::ctrl_c().await.is_ok() {
+        tokio::time::sleep(GRACE).await;
+    }
+}
+
 fn listen_address() -> anyhow::Result<SocketAddr> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
@@ -96,7 +105,7 @@ fn main() -> ExitCode {
             .max_decoding_message_size(MAX_REQUEST);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime
-            .block_on(Server::builder().add_service(service).serve(address))
+            .block_on(Server::builder().add_service(service).serve_with_shutdown(address, interrupted()))
             .with_context(|| format!("cannot listen on {address}"))
     };
     match serve() {

@@ -10,6 +10,7 @@ use opentelemetry_proto::tonic::{
     },
 };
 use profiler_common::abi::sample::EventKind;
+use prost::Message as _;
 
 use super::dictionary::{AttributeValue, Dictionary};
 use crate::{
@@ -17,15 +18,30 @@ use crate::{
     profile::{Profile, Sample},
 };
 
-/// Samples per request: keeps requests below the 4 MiB that gRPC receivers accept by default.
+/// Samples per request at most.
 const MAX_SAMPLES: usize = 4096;
+/// Bytes per request at most: gRPC receivers accept 4 MiB by default.
+const MAX_REQUEST_BYTES: usize = 7 << 19;
 
-/// Encodes a profile, split into requests that receivers accept.
+/// Encodes a profile, split into requests that receivers accept; each with the number of samples it stands for.
 pub fn requests(profile: &Profile) -> impl Iterator<Item = (u64, ExportProfilesServiceRequest)> {
-    profile.samples.chunks(MAX_SAMPLES).map(|samples| {
-        let total = samples.iter().map(|sample| sample.count).sum();
-        (total, request(profile, samples))
+    profile.samples.chunks(MAX_SAMPLES).flat_map(|samples| {
+        let mut requests = Vec::new();
+        encode_within_limit(profile, samples, &mut requests);
+        requests
     })
+}
+
+/// Halves what is too large; one sample alone is sent whatever its size.
+fn encode_within_limit(profile: &Profile, samples: &[Sample], requests: &mut Vec<(u64, ExportProfilesServiceRequest)>) {
+    let request = request(profile, samples);
+    if samples.len() > 1 && request.encoded_len() > MAX_REQUEST_BYTES {
+        let (first, second) = samples.split_at(samples.len() / 2);
+        encode_within_limit(profile, first, requests);
+        encode_within_limit(profile, second, requests);
+    } else {
+        requests.push((samples.iter().map(|sample| sample.count).sum(), request));
+    }
 }
 
 /// Encodes some of a profile's samples as one request: a resource per service.

@@ -1,0 +1,81 @@
+//! Readable names for C++ and Rust symbols, within a bound.
+//!
+//! A mangled name can refer back to its own parts, so a short one may stand for an endless readable one:
+//! writing stops where a name is longer than anybody would read.
+
+use std::fmt::{self, Write};
+
+use cpp_demangle::DemangleOptions;
+
+/// Longest readable name, bytes.
+const MAX_READABLE: usize = 1024;
+/// Longest symbol that is read at all.
+const MAX_SYMBOL: usize = 16 << 10;
+
+/// The readable form of a symbol; the symbol itself (cut to the bound) where it is not mangled or cannot be read.
+pub(super) fn readable(symbol: &str) -> String {
+    let symbol = &symbol[..symbol.floor_char_boundary(MAX_SYMBOL)];
+    rust(symbol)
+        .or_else(|| cpp(symbol))
+        .unwrap_or_else(|| symbol[..symbol.floor_char_boundary(MAX_READABLE)].to_owned())
+}
+
+fn rust(symbol: &str) -> Option<String> {
+    let name = rustc_demangle::try_demangle(symbol).ok()?;
+    let mut readable = Bounded(String::new());
+    // An error means that the bound was reached: what fits is kept. `#` leaves out the hash.
+    let _ = write!(readable, "{name:#}");
+    Some(readable.0)
+}
+
+fn cpp(symbol: &str) -> Option<String> {
+    if !symbol.starts_with("_Z") && !symbol.starts_with("__Z") {
+        return None;
+    }
+    let name = cpp_demangle::Symbol::new(symbol).ok()?;
+    let mut readable = Bounded(String::new());
+    let outcome = name.structured_demangle(&mut readable, &DemangleOptions::default());
+    (outcome.is_ok() || readable.0.len() >= MAX_READABLE).then_some(readable.0)
+}
+
+/// A string that refuses to grow beyond the bound.
+struct Bounded(String);
+
+impl Write for Bounded {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let room = MAX_READABLE - self.0.len().min(MAX_READABLE);
+        let fits = text.floor_char_boundary(room);
+        self.0.push_str(&text[..fits]);
+        if fits == text.len() { Ok(()) } else { Err(fmt::Error) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(symbol: &str, expect: &str) {
+        assert_eq!(readable(symbol), expect);
+    }
+
+    /// Both of Rust's manglings, C++, and names that are none of them.
+    #[test]
+    fn reads_what_compilers_write() {
+        check("_ZN4core3fmt9Formatter3pad17h0123456789abcdefE", "core::fmt::Formatter::pad");
+        check("_RNvCs1234_7mycrate3foo", "mycrate::foo");
+        check("_ZNSt6vectorIiSaIiEE9push_backEOi", "std::vector<int, std::allocator<int> >::push_back(int&&)");
+        check("main", "main");
+        check("_Znonsense", "_Znonsense");
+    }
+
+    /// A name that doubles with every reference to itself stays short and is read in no time.
+    #[test]
+    fn bounds_exploding_names() {
+        let mut symbol = "_Z1fSt4pairIiiE".to_owned();
+        for reference in ["S0_", "S1_", "S2_", "S3_", "S4_", "S5_", "S6_", "S7_", "S8_", "S9_", "SA_", "SB_", "SC_"] {
+            symbol.push_str(&format!("St4pairI{reference}{reference}E"));
+        }
+        assert!(readable(&symbol).len() <= MAX_READABLE);
+        assert!(readable(&"x".repeat(100_000)).len() <= MAX_READABLE);
+    }
+}
