@@ -282,6 +282,7 @@ impl Kernel {
     pub fn remove_target(&mut self, tgid: u32) -> Result<(), KernelError> {
         match self.targets.remove(&tgid) {
             Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }

@@ -6,6 +6,7 @@
 
 mod cache;
 mod demangle;
+mod resident;
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -108,8 +109,12 @@ impl FrameNamer {
         if !kernel.is_empty() {
             self.resolve_kernel(&kernel.into_iter().collect::<Vec<_>>());
         }
+        let reads_files = !files.is_empty();
         for (executable, offsets) in files.into_values() {
             self.resolve_file(&executable, &offsets.into_iter().collect::<Vec<_>>());
+        }
+        if reads_files {
+            resident::release_file_pages();
         }
     }
 
