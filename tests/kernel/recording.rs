@@ -159,14 +159,19 @@ fn output_through_a_link_keeps_the_link() {
     let (link, file) = (folder.join("link.folded"), folder.join("file.folded"));
     std::fs::write(&file, "before").expect("a file");
     std::os::unix::fs::symlink(&file, &link).expect("a link");
-    let output = run(record(&["--duration", "1s", "--output"]).arg(&link));
+    let burner = workload("burner");
+    let output = run(record(&["--output"]).arg(&link).arg("--").arg(&burner).args(["1", "1"]));
     assert!(output.status.success(), "{}", stderr(&output));
     assert!(std::fs::symlink_metadata(&link).expect("the link").is_symlink());
-    assert_ne!(std::fs::read_to_string(&file).expect("the file"), "before");
+    assert!(std::fs::read_to_string(&file).expect("the file").starts_with("burner;"));
     let redirected = std::fs::File::create(folder.join("redirected")).expect("a file");
-    let status =
-        record(&["--duration", "1s", "--format", "folded", "--output", "/dev/stdout"]).stdout(redirected).status();
+    let status = record(&["--format", "folded", "--output", "/dev/stdout", "--"])
+        .arg(&burner)
+        .args(["1", "1"])
+        .stdout(redirected)
+        .status();
     assert!(status.expect("the agent").success());
     assert!(std::fs::symlink_metadata("/dev/stdout").expect("/dev/stdout").is_symlink());
-    assert!(!std::fs::read_to_string(folder.join("redirected")).expect("a file").is_empty());
+    let text = std::fs::read_to_string(folder.join("redirected")).expect("a file");
+    assert!(text.contains("burner;"), "{text}");
 }

@@ -2,6 +2,7 @@
 
 mod check;
 mod logging;
+mod output;
 mod record;
 mod run;
 

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{IsTerminal as _, Write as _},
+    io::IsTerminal as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode},
     sync::Arc,
@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use profiler_common::abi::{counter::Counter, sample::EventKind, settings::target};
 use tracing::info;
 
-use super::logging::Logging;
+use super::{logging::Logging, output::Output};
 use crate::{
     config::{DEFAULT_FREQUENCY, valid_frequency},
     export::Format,
@@ -369,80 +369,4 @@ fn summary(profile: &Profile, stats: &Stats, elapsed: Duration, reason: &str, ou
         stats.samples_exported.get(),
         stats.lost_in_kernel() + stats.dropped().iter().map(|(_, _, count)| count).sum::<u64>(),
     )
-}
-
-/// Where the recording goes. Checked before it begins; an existing file is replaced only by a whole new one.
-enum Output {
-    Stdout,
-    /// A device or pipe, written to directly.
-    Special(PathBuf),
-    File {
-        path: PathBuf,
-        temporary: PathBuf,
-        file: fs::File,
-    },
-}
-
-impl Output {
-    fn open(path: PathBuf) -> anyhow::Result<Self> {
-        if path == Path::new("-") {
-            return Ok(Self::Stdout);
-        }
-        // A link is followed to what it names: replacing the link itself could be replacing /dev/stdout.
-        let path = fs::canonicalize(&path).unwrap_or(path);
-        let cannot = || format!("{} cannot be written", path.display());
-        if ["/dev", "/proc"].iter().any(|folder| path.starts_with(folder)) {
-            fs::OpenOptions::new().write(true).open(&path).with_context(cannot)?;
-            return Ok(Self::Special(path));
-        }
-        match fs::metadata(&path) {
-            Ok(metadata) if metadata.is_dir() => bail!("{} is a directory; name a file in it", path.display()),
-            Ok(metadata) if !metadata.is_file() => {
-                fs::OpenOptions::new().write(true).open(&path).with_context(cannot)?;
-                return Ok(Self::Special(path));
-            }
-            Ok(_) => {
-                fs::OpenOptions::new().append(true).open(&path).with_context(cannot)?;
-            }
-            Err(_) => {}
-        }
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".partial-{}", std::process::id()));
-        let temporary = path.with_file_name(name);
-        let file = fs::OpenOptions::new().write(true).create_new(true).open(&temporary).with_context(cannot)?;
-        Ok(Self::File { path, temporary, file })
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
-        match self {
-            Self::Stdout => {
-                let mut stdout = std::io::stdout().lock();
-                stdout.write_all(bytes).and_then(|()| stdout.flush()).context("standard output cannot be written")
-            }
-            Self::Special(path) => fs::OpenOptions::new()
-                .write(true)
-                .open(&path)
-                .and_then(|mut file| file.write_all(bytes))
-                .with_context(|| format!("{} cannot be written", path.display())),
-            Self::File { path, temporary, file } => file
-                .write_all(bytes)
-                .and_then(|()| fs::rename(&temporary, &path))
-                .with_context(|| format!("{} cannot be written", path.display())),
-        }
-    }
-
-    /// Leaves nothing behind of a recording that failed.
-    fn discard(&self) {
-        if let Self::File { temporary, .. } = self {
-            // It is gone already when the failure came after the rename.
-            let _ = fs::remove_file(temporary);
-        }
-    }
-
-    fn name(&self) -> String {
-        match self {
-            Self::Stdout => "standard output".to_owned(),
-            Self::Special(path) | Self::File { path, .. } => path.display().to_string(),
-        }
-    }
 }
