@@ -1,19 +1,21 @@
-//! Tells the agent about processes: fork, exec, exit, new executable mappings and first samples.
+//! Tells the agent about processes: fork, exec, exit, new executable mappings and newly sampled places.
 
 use aya_ebpf::{
-    bindings::BPF_NOEXIST,
     helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_probe_read_kernel_str_bytes, generated},
     programs::{BtfTracePointContext, FEntryContext},
 };
 use aya_log_ebpf::debug;
 use profiler_common::abi::{
     counter::Counter,
-    notice::{ExecNotice, FILE_NAME_LEN, ForkNotice, MmapNotice, NoticeHeader, NoticeKind},
+    notice::{
+        ExecNotice, FILE_NAME_LEN, ForkNotice, MmapNotice, NoticeHeader, NoticeKind, PLACE_SHIFT, PLACES, PlaceNotice,
+    },
     process::ProcessKey,
     settings::target,
 };
 
 use crate::{
+    aggregate::mix,
     layout::loaded,
     maps::{ANNOUNCED, NOTICES, TARGETS, count},
     memory::kernel,
@@ -33,15 +35,22 @@ pub fn process_key(task: u64, leader: u64) -> ProcessKey {
     }
 }
 
-/// Announces the first sample of a program image, so that the agent can learn its mappings while it lives.
+/// Announces that code was sampled in a place that is new to this image, so that the agent can learn what is
+/// mapped there while the process lives.
 #[inline(always)]
-pub fn announce(process: &ProcessKey) {
-    if ANNOUNCED.get_ptr(process).is_some() {
-        return;
-    }
-    // Where the map is full the image stays unannounced; the agent looks at it when it drains.
-    if ANNOUNCED.insert(process, 1, u64::from(BPF_NOEXIST)).is_ok() {
-        send(NoticeHeader { kind: NoticeKind::FirstSample as u32, reserved: 0, process: *process });
+pub fn announce(process: &ProcessKey, address: u64) {
+    let image = mix(process.start_time_ns, u64::from(process.tgid) << 32 | u64::from(process.exec_id));
+    let tag = mix(image, address >> PLACE_SHIFT);
+    let Some(slot) = ANNOUNCED.get_ptr_mut(tag as u32 & (PLACES as u32 - 1)) else { return };
+    // SAFETY: an array's slots are always there; a torn or lost write only means one announcement more.
+    let known = unsafe { slot.read_volatile() };
+    if known != tag {
+        // SAFETY: as above.
+        unsafe { slot.write_volatile(tag) };
+        send(PlaceNotice {
+            header: NoticeHeader { kind: NoticeKind::NewPlace as u32, reserved: 0, process: *process },
+            address,
+        });
     }
 }
 
@@ -78,8 +87,6 @@ pub fn exec(ctx: &BtfTracePointContext) {
         return;
     }
     let process = current_process();
-    let replaced = ProcessKey { exec_id: process.exec_id.wrapping_sub(1), ..process };
-    let _absent_is_fine = ANNOUNCED.remove(replaced);
     debug!(ctx, "exec: {}", process.tgid);
     send(ExecNotice {
         header: NoticeHeader { kind: NoticeKind::Exec as u32, reserved: 0, process },
@@ -98,7 +105,6 @@ pub fn exit(ctx: &BtfTracePointContext) {
         return;
     }
     let process = current_process();
-    let _absent_is_fine = ANNOUNCED.remove(process);
     // A target stays one: tearing down its memory is still to come, and is its CPU time too. The agent removes
     // it when it forgets the process.
     debug!(ctx, "exit: {}", process.tgid);

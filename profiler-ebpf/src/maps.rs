@@ -1,12 +1,12 @@
 //! Every map the programs share with the agent. Names and shapes are part of the ABI.
 
 use aya_ebpf::{
-    btf_maps::{ArrayOfMaps, HashMap, PerCpuArray, RingBuf},
+    btf_maps::{Array, ArrayOfMaps, HashMap, PerCpuArray, RingBuf},
     macros::btf_map,
 };
 use profiler_common::abi::{
     counter::Counter,
-    process::ProcessKey,
+    notice::PLACES,
     sample::{LARGE_FRAMES, MEDIUM_FRAMES, SMALL_FRAMES, Sample, SampleKey},
 };
 
@@ -45,9 +45,10 @@ pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 #[btf_map]
 pub static TARGETS: HashMap<u32, u32, 16384> = HashMap::new();
 
-/// Program images whose first sample was announced.
+/// Places that were announced: tags in a direct-mapped cache, indexed by their own low bits. It never fills up,
+/// takes no lock and needs no cleaning: what is overwritten is announced again.
 #[btf_map]
-pub static ANNOUNCED: HashMap<ProcessKey, u8, 16384> = HashMap::new();
+pub static ANNOUNCED: Array<u64, PLACES> = Array::new();
 
 /// Adds one to a counter.
 #[inline(always)]

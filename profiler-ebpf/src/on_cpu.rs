@@ -75,10 +75,6 @@ pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&mut Scratch)) {
 
     fill_header(&mut scratch.sample.header, task);
     let flags: u32 = kernel(task, loaded!(LAYOUT.task_flags));
-    if flags & PF_EXITING == 0 {
-        // (Announced after its exit, an image would stay in the map of announced ones.)
-        lifecycle::announce(&scratch.sample.header.process);
-    }
     scratch.frames = 0;
     scratch.hash = hash_header(&scratch.sample.header);
 
@@ -192,6 +188,9 @@ fn user_stack(
     if code_segment != USER_CS_64 {
         scratch.sample.header.user_end = StackEnd::Compat as u8;
         return;
+    }
+    if flags & PF_EXITING == 0 {
+        lifecycle::announce(&scratch.sample.header.process, scratch.registers.pc);
     }
     walk(scratch);
     let end = &mut scratch.sample.header.user_end;

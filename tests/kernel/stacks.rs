@@ -180,3 +180,30 @@ fn overflowing_buffers_lose_nothing_silently() {
     assert_eq!(books.seen, books.exported + books.lost);
     assert!(books.lost * 100 < books.seen, "{books:?}");
 }
+
+/// A library that a program loads late is known by the time the program is gone, however short the recording.
+#[test]
+fn libraries_loaded_late_are_named() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let script = "
+import time
+end = time.time() + 0.5
+while time.time() < end: sum(range(1000))
+import zlib
+data = bytes(range(256)) * 4000
+end = time.time() + 1.5
+while time.time() < end: zlib.compress(data)
+";
+    let output = run(&mut record(&["--output", "-", "--", "python3", "-c", script]));
+    let stacks = folded(&stdout(&output));
+    let all = total(&stacks, |_| true);
+    let in_zlib = total(&stacks, |stack| {
+        stack.frames.iter().any(|frame| frame.contains("deflate") || frame.contains("[libz") || frame.contains("[zlib"))
+    });
+    let unmapped = total(&stacks, |stack| stack.frames.iter().any(|frame| frame == "[unmapped]"));
+    println!("{in_zlib} of {all} samples in zlib, {unmapped} in unknown places");
+    assert!(in_zlib > 100, "{}", stdout(&output));
+    assert!(unmapped * 50 < all, "{}", stdout(&output));
+}

@@ -19,15 +19,9 @@ const RECEIVER: &str = "127.0.0.1:4317";
 
 pub(crate) fn main(workspace: &Path) -> Outcome {
     setup::for_build(workspace)?;
-    run(cargo(workspace).args([
-        "build",
-        "--release",
-        "--package",
-        "profiler-agent",
-        "--package",
-        "profiler-tests",
-        "--bins",
-    ]))?;
+    // One after the other: built together, the agent would get the receiver's features of shared crates.
+    run(cargo(workspace).args(["build", "--release", "--package", "profiler-agent"]))?;
+    run(cargo(workspace).args(["build", "--release", "--package", "profiler-tests", "--bins"]))?;
     let binaries = workspace.join("target/release");
     let mut sink = if TcpListener::bind(RECEIVER).is_ok() {
         let mut command = Command::new(binaries.join("otlp-sink"));

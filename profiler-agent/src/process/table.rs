@@ -6,7 +6,7 @@ use std::{
 };
 
 use profiler_common::abi::{
-    notice::{ExecNotice, ForkNotice, MmapNotice, NoticeHeader, NoticeKind},
+    notice::{ExecNotice, ForkNotice, MmapNotice, NoticeHeader, NoticeKind, PlaceNotice},
     process::{COMM_LEN, ProcessKey},
     sample::StackEnd,
 };
@@ -24,6 +24,8 @@ use crate::profile::{CodeAddress, LocatedSample, Location, ProcessInfo, RawSampl
 const MAX_PROCESSES: usize = 32 << 10;
 /// Drains for which an exited process is remembered: it may be sampled until the kernel has let go of it.
 const KEEP_EXITED: u64 = 2;
+/// Times a process's mappings are read between two drains: some map new code all the time.
+const MAX_SCANS: u32 = 20;
 /// Drains after which a process's mappings are read again when it is sampled: what was unmapped is not announced.
 const RESCAN_AFTER: u64 = 12;
 /// Drains between two looks at which processes still exist: an exit notice may have been lost.
@@ -34,10 +36,10 @@ struct Process {
     mappings: Arc<Mappings>,
     /// File name of its executable, once looked up.
     executable: Option<String>,
-    /// Its mappings were copied from its parent's.
-    inherited: bool,
     /// The drain in which its mappings were last read from `/proc`.
     scanned: Option<u64>,
+    /// Times they were read in that drain.
+    scans: u32,
     /// The drain before which it exited or was replaced by `execve`.
     ended: Option<u64>,
 }
@@ -109,10 +111,11 @@ impl ProcessTable {
                 let (notice, _) = MmapNotice::read_from_prefix(bytes).ok()?;
                 self.mmap(process, &notice);
             }
-            NoticeKind::FirstSample => {
+            NoticeKind::NewPlace => {
+                let (notice, _) = PlaceNotice::read_from_prefix(bytes).ok()?;
                 self.see(process);
-                // What it mapped since `execve` is known only by looking; what it inherited by fork is known.
-                if self.processes.get(&process).is_none_or(|known| !known.inherited) {
+                let known = self.processes.get(&process)?;
+                if matches!(known.mappings.locate(notice.address), Location::Unmapped(_)) {
                     self.unread.insert(process);
                 }
             }
@@ -122,8 +125,14 @@ impl ProcessTable {
 
     /// Reads the mappings of the processes that notices pointed at, while they live.
     pub fn catch_up(&mut self) {
-        for process in std::mem::take(&mut self.unread) {
-            self.scan(process);
+        for key in std::mem::take(&mut self.unread) {
+            let is_restless = self
+                .processes
+                .get(&key)
+                .is_some_and(|process| process.scanned == Some(self.generation) && process.scans >= MAX_SCANS);
+            if !is_restless {
+                self.scan(key);
+            }
         }
     }
 
@@ -221,8 +230,8 @@ impl ProcessTable {
             info: Arc::new(ProcessInfo { key, name: String::new() }),
             mappings: Arc::default(),
             executable: None,
-            inherited: false,
             scanned: None,
+            scans: 0,
             ended,
         });
     }
@@ -232,7 +241,6 @@ impl ProcessTable {
         let Some(parent) = self.processes.get(&parent) else { return };
         let (mappings, executable) = (Arc::clone(&parent.mappings), parent.executable.clone());
         if let Some(child) = self.processes.get_mut(&child) {
-            child.inherited = !mappings.is_empty();
             child.mappings = mappings;
             child.executable = executable;
         }
@@ -282,6 +290,7 @@ impl ProcessTable {
         }
         let generation = self.generation;
         let process = self.processes.get_mut(&key)?;
+        process.scans = if process.scanned == Some(generation) { process.scans + 1 } else { 1 };
         process.scanned = Some(generation);
         process.executable = executable.or(process.executable.take());
         if lines.is_empty() && !process.mappings.is_empty() {
@@ -352,6 +361,10 @@ mod tests {
         NoticeHeader { kind: kind as u32, reserved: 0, process }
     }
 
+    fn place(process: ProcessKey) -> PlaceNotice {
+        PlaceNotice { header: header(NoticeKind::NewPlace, process), address: 0x1000 }
+    }
+
     fn key(tgid: u32, start_time_ns: u64, exec_id: u32) -> ProcessKey {
         ProcessKey { start_time_ns, tgid, exec_id }
     }
@@ -361,7 +374,7 @@ mod tests {
     fn forgets_exited_processes_after_their_last_drain() {
         let mut table = ProcessTable::default();
         let process = key(u32::MAX, 5, 0);
-        table.notice(header(NoticeKind::FirstSample, process).as_bytes());
+        table.notice(place(process).as_bytes());
         table.notice(header(NoticeKind::Exit, process).as_bytes());
         assert!(table.has_exited(u32::MAX));
         table.end_drain();
@@ -376,8 +389,8 @@ mod tests {
     fn tells_reused_pids_apart() {
         let mut table = ProcessTable::default();
         let (old, new) = (key(u32::MAX, 5, 0), key(u32::MAX, 9, 0));
-        table.notice(header(NoticeKind::FirstSample, old).as_bytes());
-        table.notice(header(NoticeKind::FirstSample, new).as_bytes());
+        table.notice(place(old).as_bytes());
+        table.notice(place(new).as_bytes());
         assert_eq!(table.newest.get(&u32::MAX), Some(&new));
         table.end_drain();
         table.end_drain();

@@ -33,8 +33,8 @@ pub enum NoticeKind {
     Exit = 3,
     /// [`MmapNotice`]: a file was mapped executable.
     Mmap = 4,
-    /// [`NoticeHeader`] alone: the first sample of this image was taken.
-    FirstSample = 5,
+    /// [`PlaceNotice`]: code was sampled where this image had not been sampled lately.
+    NewPlace = 5,
 }
 
 impl TryFrom<u32> for NoticeKind {
@@ -46,7 +46,7 @@ impl TryFrom<u32> for NoticeKind {
             2 => Ok(Self::Exec),
             3 => Ok(Self::Exit),
             4 => Ok(Self::Mmap),
-            5 => Ok(Self::FirstSample),
+            5 => Ok(Self::NewPlace),
             other => Err(other),
         }
     }
@@ -94,8 +94,25 @@ pub struct MmapNotice {
     pub name: [u8; FILE_NAME_LEN],
 }
 
+/// Code runs in a place that the agent may not know yet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct PlaceNotice {
+    /// Kind and process.
+    pub header: NoticeHeader,
+    /// The sampled instruction pointer in user space.
+    pub address: u64,
+}
+
+/// Places are told apart by 64 KiB of address space: smaller than almost every library.
+pub const PLACE_SHIFT: u32 = 16;
+/// Places that are remembered as announced, over all processes; a power of two.
+pub const PLACES: usize = 1 << 16;
+
 const _: () = {
     assert!(size_of::<NoticeHeader>() == 24);
+    assert!(size_of::<PlaceNotice>() == 32);
+    assert!(PLACES.is_power_of_two());
     assert!(size_of::<ForkNotice>() == 40);
     assert!(size_of::<ExecNotice>() == 40);
     assert!(size_of::<MmapNotice>() == 24 + 40 + FILE_NAME_LEN);
