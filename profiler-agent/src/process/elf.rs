@@ -53,7 +53,7 @@ pub(super) fn summarize(file: &File) -> Option<ElfSummary> {
         ElfSummary { is_nameable: symbol_bytes(file, header) <= MAX_SYMBOL_BYTES, ..ElfSummary::default() };
     for program in programs {
         match program.p_type.get(LE) {
-            PT_LOAD if program.p_flags.get(LE).0 & PF_X.0 != 0 => summary.segments.push(Segment {
+            PT_LOAD if program.p_flags.get(LE) & PF_X != 0 => summary.segments.push(Segment {
                 offset: FileOffset(program.p_offset.get(LE)),
                 size: program.p_filesz.get(LE),
                 address: VirtualAddress(program.p_vaddr.get(LE)),
@@ -123,20 +123,20 @@ mod tests {
     #[test]
     fn finds_the_build_id() {
         let mut notes = note(b"GNU\0", 1, &[0; 16]);
-        notes.extend(note(b"GNU\0", NT_GNU_BUILD_ID.0, &[0xab; 20]));
+        notes.extend(note(b"GNU\0", NT_GNU_BUILD_ID, &[0xab; 20]));
         assert_eq!(build_id(&notes).as_deref(), Some(&[0xab; 20][..]));
     }
 
     /// Lengths that lie end the search; they neither panic nor loop.
     #[test]
     fn survives_lying_notes() {
-        let mut lying = note(b"GNU\0", NT_GNU_BUILD_ID.0, &[1; 20]);
+        let mut lying = note(b"GNU\0", NT_GNU_BUILD_ID, &[1; 20]);
         lying[..4].copy_from_slice(&u32::MAX.to_le_bytes());
         assert_eq!(build_id(&lying), None);
         let mut lying = note(b"XYZ\0", 7, &[1; 20]);
         lying[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
         assert_eq!(build_id(&lying), None);
-        assert_eq!(build_id(&note(b"GNU\0", NT_GNU_BUILD_ID.0, &[1; 200])), None);
+        assert_eq!(build_id(&note(b"GNU\0", NT_GNU_BUILD_ID, &[1; 200])), None);
     }
 
     /// This very test binary has executable segments; a text file is no ELF file.
