@@ -146,7 +146,9 @@ fn only_named_processes_are_recorded() {
     println!("{tags}");
     assert!(tags.contains(&first.pid().to_string()) && tags.contains(&second.pid().to_string()), "{tags}");
     assert!(!tags.contains(&third.pid().to_string()), "{tags}");
-    assert!(tags.contains("thread_name"), "{tags}");
+    for key in ["thread_name", "service.name", "host.name"] {
+        assert!(tags.contains(key), "{tags}");
+    }
 }
 
 /// A recording of processes that have all ended ends with them.

@@ -11,6 +11,7 @@ use profiler_common::abi::sample::EventKind;
 use prost::Message;
 
 use super::incomplete_marker;
+use crate::label;
 use crate::profile::{ExecutableId, Frame, FrameName, FrameType, Profile};
 
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -137,17 +138,20 @@ fn build(profile: &Profile) -> PprofProfile {
         .iter()
         .map(|sample| {
             let mut location_id: Vec<u64> = sample.frames.iter().map(|frame| tables.location(frame)).collect();
-            let mut label = vec![
+            let mut labels = vec![
                 Label { key: tables.string("pid"), str: 0, num: i64::from(sample.process.key.tgid) },
                 Label { key: tables.string("thread_name"), str: tables.string(&sample.thread_name), num: 0 },
                 Label { key: tables.string("process_name"), str: tables.string(&sample.process.name), num: 0 },
             ];
+            for (key, value) in label::attributes(label::service_name(&sample.process)) {
+                labels.push(Label { key: tables.string(key), str: tables.string(value), num: 0 });
+            }
             if let Some(marker) = incomplete_marker(sample) {
                 location_id.push(tables.marker(&marker));
-                label.push(Label { key: tables.string("stack_end"), str: tables.string(sample.end.label()), num: 0 });
+                labels.push(Label { key: tables.string("stack_end"), str: tables.string(sample.end.label()), num: 0 });
             }
             let count = i64::try_from(sample.count).unwrap_or(i64::MAX);
-            PprofSample { location_id, value: vec![count, count.saturating_mul(period)], label }
+            PprofSample { location_id, value: vec![count, count.saturating_mul(period)], label: labels }
         })
         .collect();
     PprofProfile {

@@ -4,11 +4,6 @@
 
 use std::sync::OnceLock;
 
-use opentelemetry_proto::tonic::{
-    common::v1::{AnyValue, KeyValue, any_value::Value},
-    resource::v1::Resource,
-};
-
 use crate::profile::ProcessInfo;
 
 /// The service a process belongs to.
@@ -16,22 +11,9 @@ pub fn service_name(process: &ProcessInfo) -> &str {
     if process.name.is_empty() { "unknown_service" } else { &process.name }
 }
 
-/// The resource that stands for a service on this host.
-pub fn resource(service: &str) -> Resource {
-    let attributes =
-        [("service.name", service), ("host.name", host_name()), ("host.arch", host_arch()), ("os.type", "linux")];
-    Resource {
-        attributes: attributes.into_iter().map(|(key, value)| attribute(key, value)).collect(),
-        ..Resource::default()
-    }
-}
-
-fn attribute(key: &str, value: &str) -> KeyValue {
-    KeyValue {
-        key: key.to_owned(),
-        value: Some(AnyValue { value: Some(Value::StringValue(value.to_owned())) }),
-        ..KeyValue::default()
-    }
+/// What tells a service on this host apart, by the names of the semantic conventions.
+pub fn attributes(service: &str) -> [(&'static str, &str); 4] {
+    [("service.name", service), ("host.name", host_name()), ("host.arch", host_arch()), ("os.type", "linux")]
 }
 
 fn host_name() -> &'static str {

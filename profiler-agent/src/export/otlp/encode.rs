@@ -4,10 +4,11 @@ use std::{collections::BTreeMap, time::UNIX_EPOCH};
 
 use opentelemetry_proto::tonic::{
     collector::profiles::v1development::ExportProfilesServiceRequest,
-    common::v1::InstrumentationScope,
+    common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value::Value},
     profiles::v1development::{
         Profile as WireProfile, ResourceProfiles, Sample as WireSample, ScopeProfiles, ValueType,
     },
+    resource::v1::Resource,
 };
 use profiler_common::abi::sample::EventKind;
 use prost::Message as _;
@@ -54,7 +55,7 @@ pub(super) fn request(profile: &Profile, samples: &[Sample]) -> ExportProfilesSe
     let resource_profiles = by_service
         .into_iter()
         .map(|(service, samples)| ResourceProfiles {
-            resource: Some(label::resource(service)),
+            resource: Some(resource(service)),
             scope_profiles: vec![ScopeProfiles {
                 scope: Some(InstrumentationScope {
                     name: env!("CARGO_PKG_NAME").to_owned(),
@@ -68,6 +69,16 @@ pub(super) fn request(profile: &Profile, samples: &[Sample]) -> ExportProfilesSe
         })
         .collect();
     ExportProfilesServiceRequest { resource_profiles, dictionary: Some(dictionary.into_tables()) }
+}
+
+/// The resource that stands for a service on this host.
+fn resource(service: &str) -> Resource {
+    let attribute = |(key, value): (&str, &str)| KeyValue {
+        key: key.to_owned(),
+        value: Some(AnyValue { value: Some(Value::StringValue(value.to_owned())) }),
+        ..KeyValue::default()
+    };
+    Resource { attributes: label::attributes(service).map(attribute).into(), ..Resource::default() }
 }
 
 fn wire_profile(profile: &Profile, samples: &[&Sample], dictionary: &mut Dictionary) -> WireProfile {
