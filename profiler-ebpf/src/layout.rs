@@ -23,8 +23,6 @@ pub static LAYOUT: KernelLayout = KernelLayout {
     vma_flags: 0,
     vma_file: 0,
     file_inode: 0,
-    file_dentry: 0,
-    dentry_name: 0,
     inode_number: 0,
     inode_super_block: 0,
     super_block_device: 0,

@@ -1,15 +1,13 @@
 //! Tells the agent about processes: fork, exec, exit, new executable mappings and newly sampled places.
 
 use aya_ebpf::{
-    helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_probe_read_kernel_str_bytes, generated},
+    helpers::{bpf_get_current_pid_tgid, generated},
     programs::{BtfTracePointContext, FEntryContext},
 };
 use aya_log_ebpf::debug;
 use profiler_common::abi::{
     counter::Counter,
-    notice::{
-        ExecNotice, FILE_NAME_LEN, ForkNotice, MmapNotice, NoticeHeader, NoticeKind, PLACE_SHIFT, PLACES, PlaceNotice,
-    },
+    notice::{ForkNotice, MmapNotice, NoticeHeader, NoticeKind, PLACE_SHIFT, PLACES, PlaceNotice},
     process::ProcessKey,
     settings::target,
 };
@@ -88,10 +86,7 @@ pub fn exec(ctx: &BtfTracePointContext) {
     }
     let process = current_process();
     debug!(ctx, "exec: {}", process.tgid);
-    send(ExecNotice {
-        header: NoticeHeader { kind: NoticeKind::Exec as u32, reserved: 0, process },
-        comm: bpf_get_current_comm().unwrap_or_default(),
-    });
+    send(NoticeHeader { kind: NoticeKind::Exec as u32, reserved: 0, process });
 }
 
 /// `sched_process_exit(task)`: called for every thread; the end of the last one ends the process.
@@ -122,9 +117,7 @@ pub fn mmap(ctx: &FEntryContext) {
     }
     let inode: u64 = kernel(file, loaded!(LAYOUT.file_inode));
     let super_block: u64 = kernel(inode, loaded!(LAYOUT.inode_super_block));
-    let dentry: u64 = kernel(file, loaded!(LAYOUT.file_dentry));
-    let name: u64 = kernel(dentry, loaded!(LAYOUT.dentry_name));
-    let mut notice = MmapNotice {
+    send(MmapNotice {
         header: NoticeHeader { kind: NoticeKind::Mmap as u32, reserved: 0, process: current_process() },
         start: kernel(vma, loaded!(LAYOUT.vma_start)),
         end: kernel(vma, loaded!(LAYOUT.vma_end)),
@@ -132,11 +125,7 @@ pub fn mmap(ctx: &FEntryContext) {
         inode: kernel(inode, loaded!(LAYOUT.inode_number)),
         device: kernel(super_block, loaded!(LAYOUT.super_block_device)),
         reserved: 0,
-        name: [0; FILE_NAME_LEN],
-    };
-    // SAFETY: the helper checks the address and fails instead of faulting.
-    let _unnamed_is_fine = unsafe { bpf_probe_read_kernel_str_bytes(name as *const u8, &mut notice.name) }.is_ok();
-    send(notice);
+    });
 }
 
 #[inline(always)]

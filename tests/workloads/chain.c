@@ -1,17 +1,11 @@
 /* Spins at the bottom of the call chain main -> level_01 -> ... -> level_30 for SECONDS.
    Usage: chain SECONDS */
 #include <stdlib.h>
-#include <time.h>
+
+#include "monotonic.h"
 
 static volatile unsigned long sink;
 static double deadline;
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
 
 __attribute__((noinline)) void level_30(void)
 {

@@ -2,17 +2,11 @@
    Usage: forks SECONDS */
 #include <stdlib.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
-static volatile unsigned long sink;
+#include "monotonic.h"
 
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
+static volatile unsigned long sink;
 
 __attribute__((noinline)) void in_child(double deadline)
 {

@@ -3,43 +3,28 @@
    Usage: maze THREADS SECONDS */
 #include <pthread.h>
 #include <stdlib.h>
-#include <time.h>
+
+#include "monotonic.h"
 
 static double deadline;
 static volatile unsigned long sink;
 
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
-
 static void right(unsigned way, int depth);
 
-static void left(unsigned way, int depth)
-{
-    if (depth == 0)
-        for (int i = 0; i < 5000; i++)
-            sink += i;
-    else if (way & 1)
-        left(way >> 1, depth - 1);
-    else
-        right(way >> 1, depth - 1);
-    sink++;
-}
-
-static void right(unsigned way, int depth)
-{
-    if (depth == 0)
-        for (int i = 0; i < 5000; i++)
-            sink += i;
-    else if (way & 1)
-        left(way >> 1, depth - 1);
-    else
-        right(way >> 1, depth - 1);
-    sink++;
-}
+#define CROSSING(name)                                      \
+    static void name(unsigned way, int depth)               \
+    {                                                       \
+        if (depth == 0)                                     \
+            for (int i = 0; i < 5000; i++)                  \
+                sink += i;                                  \
+        else if (way & 1)                                   \
+            left(way >> 1, depth - 1);                      \
+        else                                                \
+            right(way >> 1, depth - 1);                     \
+        sink++;                                             \
+    }
+CROSSING(left)
+CROSSING(right)
 
 static void *work(void *seed)
 {

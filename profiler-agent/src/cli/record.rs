@@ -272,7 +272,7 @@ fn start_sampling(recording: &Recording, logging: Logging) -> anyhow::Result<(Ke
     // Repeated, because a child may fork between being listed and becoming a target.
     let mut known = recording.pids.clone();
     loop {
-        let new: Vec<u32> = children_of(&known).into_iter().filter(|pid| !known.contains(pid)).collect();
+        let new = children_of(&known);
         if new.is_empty() {
             break;
         }

@@ -12,8 +12,7 @@ use super::{
 /// Size of an x86_64 kernel stack (`THREAD_SIZE`, `arch/x86/include/asm/page_64_types.h`, without KASAN).
 const THREAD_SIZE: u32 = 16 << 10;
 
-const STRUCTS: &[&str] =
-    &["task_struct", "signal_struct", "vm_area_struct", "file", "path", "dentry", "qstr", "inode", "super_block"];
+const STRUCTS: &[&str] = &["task_struct", "signal_struct", "vm_area_struct", "file", "inode", "super_block"];
 
 /// Optional parts of the kernel that change which programs are loaded.
 #[derive(Clone, Copy, Debug)]
@@ -71,8 +70,6 @@ pub fn read(path: &Path) -> Result<(KernelLayout, Features), KernelError> {
         vma_flags: offset("vm_area_struct", "vm_flags")?,
         vma_file: offset("vm_area_struct", "vm_file")?,
         file_inode: offset("file", "f_inode")?,
-        file_dentry: offset("file", "f_path")? + offset("path", "dentry")?,
-        dentry_name: offset("dentry", "d_name")? + offset("qstr", "name")?,
         inode_number: offset("inode", "i_ino")?,
         inode_super_block: offset("inode", "i_sb")?,
         super_block_device: offset("super_block", "s_dev")?,

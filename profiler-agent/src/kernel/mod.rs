@@ -136,6 +136,7 @@ pub struct Kernel {
     large: DoubleBuffer,
     counters: PerCpuArray<MapData, u64>,
     targets: HashMap<MapData, u32, u32>,
+    targets_only: bool,
     features: Features,
     debug_log: bool,
 }
@@ -193,7 +194,18 @@ impl Kernel {
         let clock = Clock::new(clock_program, options.frequency);
         drop(types);
         release_free_memory();
-        Ok(Self { ebpf, clock, small, medium, large, counters, targets, features, debug_log: options.debug_log })
+        Ok(Self {
+            ebpf,
+            clock,
+            small,
+            medium,
+            large,
+            counters,
+            targets,
+            targets_only: options.targets_only,
+            features,
+            debug_log: options.debug_log,
+        })
     }
 
     /// Attaches the process notices: from here on every fork, exec, exit and mapping is announced.
@@ -278,8 +290,11 @@ impl Kernel {
         Ok(self.targets.insert(tgid, flags, 0)?)
     }
 
-    /// Takes a process out of the recording.
+    /// Takes a process out of the recording; nothing to do when everything is recorded.
     pub fn remove_target(&mut self, tgid: u32) -> Result<(), KernelError> {
+        if !self.targets_only {
+            return Ok(());
+        }
         match self.targets.remove(&tgid) {
             Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),

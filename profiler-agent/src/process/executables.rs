@@ -25,6 +25,8 @@ const MAX_OPEN: usize = 1024;
 const MAX_KNOWN: usize = 4096;
 /// Drains after which a file that no process maps any more is closed.
 const CLOSE_AFTER: u64 = 12;
+/// Drains after which a file that could not be opened is tried again.
+const RETRY_AFTER: u64 = 12;
 /// The kernel's name of its shared library in every process.
 const VDSO: &str = "[vdso]";
 
@@ -43,6 +45,8 @@ struct Entry {
     file: Arc<MappedFile>,
     /// What the file looked like when it was opened; `None` where it could not be.
     stamp: Option<Stamp>,
+    /// The drain in which opening it was tried.
+    tried: u64,
     /// The drain in which a process was last seen to map it.
     last_mapped: u64,
 }
@@ -98,7 +102,8 @@ impl Executables {
         let key = FileKey { device: line.device, inode: line.inode };
         if let Some(entry) = self.entries.get_mut(&key) {
             entry.last_mapped = generation;
-            if entry.is_current() {
+            let is_untimely = entry.stamp.is_none() && generation.saturating_sub(entry.tried) < RETRY_AFTER;
+            if entry.is_current() || is_untimely {
                 return Some(Arc::clone(&entry.file));
             }
             // Rewritten in place since, or never opened: it is read anew, under an identity of its own.
@@ -113,7 +118,7 @@ impl Executables {
         let stamp = file.as_ref().and_then(Stamp::of);
         let summary = file.as_ref().and_then(elf::summarize).unwrap_or_default();
         let file = self.add(line.path.clone(), summary, file);
-        self.entries.insert(key, Entry { file: Arc::clone(&file), stamp, last_mapped: generation });
+        self.entries.insert(key, Entry { file: Arc::clone(&file), stamp, tried: generation, last_mapped: generation });
         Some(file)
     }
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use profiler_common::abi::{
-    notice::{ExecNotice, ForkNotice, MmapNotice, NoticeHeader, NoticeKind, PlaceNotice},
+    notice::{ForkNotice, MmapNotice, NoticeHeader, NoticeKind, PlaceNotice},
     process::{COMM_LEN, ProcessKey},
     sample::StackEnd,
 };
@@ -36,7 +36,7 @@ struct Process {
     mappings: Arc<Mappings>,
     /// File name of its executable, once looked up.
     executable: Option<String>,
-    /// The drain in which its mappings were last read from `/proc`.
+    /// The drain in which its mappings were last read from `/proc`, or could not be.
     scanned: Option<u64>,
     /// Times they were read in that drain.
     scans: u32,
@@ -96,7 +96,6 @@ impl ProcessTable {
                 self.fork(process, notice.child);
             }
             NoticeKind::Exec => {
-                let (_, _) = ExecNotice::read_from_prefix(bytes).ok()?;
                 self.see(process);
                 self.unread.insert(process);
             }
@@ -147,15 +146,11 @@ impl ProcessTable {
         if self.newest.get(&key.tgid).is_none_or(|newest| newest.start_time_ns <= key.start_time_ns) {
             self.see(key);
         }
-        let scanned = self.processes.get(&key).and_then(|process| process.scanned);
-        if scanned.is_some_and(|scanned| self.generation - scanned >= RESCAN_AFTER) && !sample.user.is_empty() {
-            self.scan(key);
-        }
         let mut user = self.locate_user(&sample);
-        if user.iter().any(|location| matches!(location, Location::Unmapped(_)))
-            && scanned != Some(self.generation)
-            && self.scan(key)
-        {
+        let scanned = self.processes.get(&key).and_then(|process| process.scanned);
+        let is_outdated = scanned.is_some_and(|scanned| self.generation - scanned >= RESCAN_AFTER) && !user.is_empty();
+        let is_unknown = user.iter().any(|location| matches!(location, Location::Unmapped(_)));
+        if (is_outdated || is_unknown) && scanned != Some(self.generation) && self.scan(key) {
             user = self.locate_user(&sample);
         }
         let end = trim(&mut user, sample.end);
@@ -265,6 +260,12 @@ impl ProcessTable {
     /// Reads the mappings of a living process. False: it is gone, or runs another program by now.
     fn scan(&mut self, key: ProcessKey) -> bool {
         self.stats.scans += 1;
+        let generation = self.generation;
+        if let Some(process) = self.processes.get_mut(&key) {
+            // Counted whatever comes of it: what is gone now is gone for the rest of this drain.
+            process.scans = if process.scanned == Some(generation) { process.scans + 1 } else { 1 };
+            process.scanned = Some(generation);
+        }
         let is_newest = self.newest.get(&key.tgid) == Some(&key) && self.processes.contains_key(&key);
         let scanned = is_newest && self.try_scan(key).is_some();
         if !scanned {
@@ -288,10 +289,7 @@ impl ProcessTable {
         if start_ticks(key.tgid)? != ticks_of(key.start_time_ns) {
             return None;
         }
-        let generation = self.generation;
         let process = self.processes.get_mut(&key)?;
-        process.scans = if process.scanned == Some(generation) { process.scans + 1 } else { 1 };
-        process.scanned = Some(generation);
         process.executable = executable.or(process.executable.take());
         if lines.is_empty() && !process.mappings.is_empty() {
             // Exiting: its memory is gone already, but what was known of it still holds.

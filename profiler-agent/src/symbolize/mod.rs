@@ -205,15 +205,11 @@ impl FrameNamer {
     /// Keeps what blazesym holds bounded, since its own cache never shrinks by itself, and makes sure that
     /// what it holds under `path` is this executable.
     fn hold(&mut self, path: &Path, executable: &Arc<Executable>) {
-        let known = self.files.iter().position(|held| held.path == path);
-        match known.and_then(|index| self.files.remove(index)) {
-            Some(held) if held.executable.id == executable.id => self.files.push_back(held),
-            Some(_) => {
-                self.evict(path);
-                self.files.push_back(HeldFile { path: path.to_owned(), executable: Arc::clone(executable) });
-            }
-            None => self.files.push_back(HeldFile { path: path.to_owned(), executable: Arc::clone(executable) }),
+        if self.files.iter().any(|held| held.path == path && held.executable.id != executable.id) {
+            self.evict(path);
         }
+        self.files.retain(|held| held.path != path);
+        self.files.push_back(HeldFile { path: path.to_owned(), executable: Arc::clone(executable) });
         while self.files.len() > MAX_FILES {
             if let Some(oldest) = self.files.front().map(|held| held.path.clone()) {
                 self.evict(&oldest);

@@ -4,10 +4,7 @@ use core::mem::size_of;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::process::{Comm, ProcessKey};
-
-/// Bytes of a mapped file's own name (its last path component) that a notice carries.
-pub const FILE_NAME_LEN: usize = 40;
+use super::process::ProcessKey;
 
 /// First bytes of every notice.
 #[repr(C)]
@@ -27,7 +24,7 @@ pub struct NoticeHeader {
 pub enum NoticeKind {
     /// [`ForkNotice`]: a process has a new child, with a copy of its mappings.
     Fork = 1,
-    /// [`ExecNotice`]: the new image is in place.
+    /// [`NoticeHeader`] alone, with the new image's exec ID: the image is in place.
     Exec = 2,
     /// [`NoticeHeader`] alone: the last thread of the process has exited.
     Exit = 3,
@@ -62,16 +59,6 @@ pub struct ForkNotice {
     pub child: ProcessKey,
 }
 
-/// A process runs a new program.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
-pub struct ExecNotice {
-    /// Kind and process, with the new image's exec ID.
-    pub header: NoticeHeader,
-    /// Command name of the new image.
-    pub comm: Comm,
-}
-
 /// A file became executable memory of a process.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -90,8 +77,6 @@ pub struct MmapNotice {
     pub device: u32,
     /// Zero.
     pub reserved: u32,
-    /// The file's own name, NUL-terminated, cut to fit.
-    pub name: [u8; FILE_NAME_LEN],
 }
 
 /// Code runs in a place that the agent may not know yet.
@@ -114,6 +99,5 @@ const _: () = {
     assert!(size_of::<PlaceNotice>() == 32);
     assert!(PLACES.is_power_of_two());
     assert!(size_of::<ForkNotice>() == 40);
-    assert!(size_of::<ExecNotice>() == 40);
-    assert!(size_of::<MmapNotice>() == 24 + 40 + FILE_NAME_LEN);
+    assert!(size_of::<MmapNotice>() == 64);
 };

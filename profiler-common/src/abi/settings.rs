@@ -55,10 +55,6 @@ pub struct KernelLayout {
     pub vma_file: u32,
     /// `file::f_inode`.
     pub file_inode: u32,
-    /// `file::f_path` plus `path::dentry`.
-    pub file_dentry: u32,
-    /// `dentry::d_name` plus `qstr::name`.
-    pub dentry_name: u32,
     /// `inode::i_ino`.
     pub inode_number: u32,
     /// `inode::i_sb`.
