@@ -6,11 +6,14 @@
 pub mod aggregate;
 pub mod cli;
 pub mod config;
+mod elf;
 pub mod export;
 pub mod kernel;
 pub mod label;
 pub mod pipeline;
 pub mod process;
 pub mod profile;
+mod ranges;
 pub mod status;
 pub mod symbolize;
+pub mod unwind_info;

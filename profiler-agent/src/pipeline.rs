@@ -34,11 +34,12 @@ use tracing::{error, warn};
 
 use crate::{
     aggregate::Window,
-    kernel::{DebugLog, Kernel, KernelError, Ring},
-    process::ProcessTable,
+    kernel::{DebugLog, Kernel, KernelError, KernelMappings, Ring},
+    process::{ProcessTable, Published},
     profile::{LocatedSample, Profile, RawSample},
     status::Stats,
     symbolize::FrameNamer,
+    unwind_info::TableBuilder,
 };
 
 /// Time between two drains: how long an exited process may have to be remembered, and how much the kernel's
@@ -58,6 +59,8 @@ pub struct Options {
     pub window: Option<Duration>,
     /// Bytes for the cache of named frames.
     pub frame_cache_bytes: usize,
+    /// Most bytes of kernel memory for the rows of unwind tables.
+    pub unwind_table_bytes: usize,
     /// Report when all of these processes have exited.
     pub watch: Option<Vec<u32>>,
 }
@@ -80,7 +83,7 @@ pub struct Pipeline {
 impl Pipeline {
     /// Starts the threads. `kernel` has its programs attached and its clock running.
     pub fn start(
-        kernel: Kernel,
+        mut kernel: Kernel,
         options: Options,
         stats: &Arc<Stats>,
     ) -> anyhow::Result<(Self, mpsc::Receiver<Profile>)> {
@@ -95,6 +98,9 @@ impl Pipeline {
                 .spawn(move || name_batches(&batches, &profile_sender, &options, &stats))
                 .context("the namer thread could not be started")?
         };
+        let published = Published::new(kernel.take_mappings()?);
+        let tables = TableBuilder::start(kernel.take_tables()?, options.unwind_table_bytes)
+            .context("the thread that builds unwind tables could not be started")?;
         let collector = {
             let stats = Arc::clone(stats);
             thread::Builder::new()
@@ -103,6 +109,8 @@ impl Pipeline {
                     let collector = Collector {
                         kernel,
                         table: ProcessTable::default(),
+                        published,
+                        tables,
                         batches: batch_sender,
                         waiting: None,
                         stats,
@@ -141,6 +149,8 @@ impl Pipeline {
 struct Collector {
     kernel: Kernel,
     table: ProcessTable,
+    published: Published<KernelMappings>,
+    tables: TableBuilder,
     batches: SyncSender<Batch>,
     /// A batch that found the queue full. Nothing is drained while it waits.
     waiting: Option<Batch>,
@@ -220,7 +230,23 @@ impl Collector {
     fn read_notices(&mut self, ring: &mut Ring) {
         ring.read(|notice| self.table.notice(notice));
         self.table.catch_up();
+        self.publish();
         self.report_exits();
+    }
+
+    /// Tells the kernel programs, and the thread that builds unwind tables, what the process table has learned.
+    fn publish(&mut self) {
+        for change in self.table.take_changes() {
+            if let Err(error) = self.published.apply(change) {
+                warn!("a process's mappings could not be published: {error}");
+            }
+        }
+        for table in self.table.take_closed() {
+            self.tables.forget(table);
+        }
+        for executable in self.table.take_wanted() {
+            self.tables.want(executable);
+        }
     }
 
     /// Tells the caller once all watched processes are gone.
@@ -265,11 +291,16 @@ impl Collector {
         for sample in &samples {
             stats.count_end(sample.end, sample.count);
         }
+        // Replacing the buffers has waited for every program that was running.
+        self.published.reuse_released();
+        self.publish();
         self.offer(Batch { samples, closes_window });
         for tgid in self.table.end_drain() {
             self.kernel.remove_target(tgid)?;
         }
+        self.publish();
         self.stats.set_table(self.table.stats());
+        self.stats.set_unwind_tables(self.tables.stats(), self.published.refused());
         self.stats.set_kernel_counters(&self.kernel.counters()?);
         self.stats.set_clock(self.kernel.clock().cpus());
         drained

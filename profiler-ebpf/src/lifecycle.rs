@@ -7,7 +7,7 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use profiler_common::abi::{
     counter::Counter,
-    notice::{ForkNotice, MmapNotice, NoticeHeader, NoticeKind, PLACE_SHIFT, PLACES, PlaceNotice},
+    notice::{ForkNotice, MmapNotice, NoticeHeader, NoticeKind, PLACE_SHIFT, PLACES, PlaceNotice, TableNotice},
     process::ProcessKey,
     settings::target,
 };
@@ -15,7 +15,7 @@ use profiler_common::abi::{
 use crate::{
     aggregate::mix,
     layout::loaded,
-    maps::{ANNOUNCED, NOTICES, TARGETS, count},
+    maps::{ANNOUNCED, NOTICES, PROCESSES, TARGETS, count},
     memory::kernel,
     scope,
 };
@@ -52,6 +52,16 @@ pub fn announce(process: &ProcessKey, address: u64) {
     }
 }
 
+/// Asks for an executable's unwind table. False: there was no room for the notice.
+#[inline(always)]
+pub fn want_table(process: &ProcessKey, executable: u32) -> bool {
+    send(TableNotice {
+        header: NoticeHeader { kind: NoticeKind::TableWanted as u32, reserved: 0, process: *process },
+        executable,
+        reserved: 0,
+    })
+}
+
 /// `sched_process_fork(parent, child)`: called for every new thread; new processes are announced.
 #[inline(always)]
 pub fn fork(ctx: &BtfTracePointContext) {
@@ -72,10 +82,17 @@ pub fn fork(ctx: &BtfTracePointContext) {
         }
     }
     debug!(ctx, "fork: {} -> {}", parent_tgid, child_tgid);
-    send(ForkNotice {
-        header: NoticeHeader { kind: NoticeKind::Fork as u32, reserved: 0, process: current_process() },
-        child: process_key(child, kernel(child, loaded!(LAYOUT.task_group_leader))),
-    });
+    let parent = current_process();
+    let child = process_key(child, kernel(child, loaded!(LAYOUT.task_group_leader)));
+    let is_announced =
+        send(ForkNotice { header: NoticeHeader { kind: NoticeKind::Fork as u32, reserved: 0, process: parent }, child });
+    // The child has its parent's mappings. The agent counts who uses them, so it has to know.
+    if is_announced && let Some(mappings) = PROCESSES.get_ptr(parent) {
+        // SAFETY: a value of this preallocated map stays readable while the program runs.
+        let mappings = unsafe { *mappings };
+        // Without room the child is unknown until the agent has made some.
+        let _full = PROCESSES.insert(child, mappings, 0);
+    }
 }
 
 /// `sched_process_exec(task, old_pid, bprm)`: the new image is mapped and named.
@@ -140,10 +157,12 @@ fn current_process() -> ProcessKey {
     process_key(task, kernel(task, loaded!(LAYOUT.task_group_leader)))
 }
 
-/// Sends one record; the agent is woken unless it is still busy with earlier ones.
+/// Sends one record; the agent is woken unless it is still busy with earlier ones. False: there was no room.
 #[inline(always)]
-fn send<T: 'static>(notice: T) {
-    if NOTICES.output_untyped::<T>(notice, 0).is_err() {
+fn send<T: 'static>(notice: T) -> bool {
+    let is_sent = NOTICES.output_untyped::<T>(notice, 0).is_ok();
+    if !is_sent {
         count(Counter::NoticesLost);
     }
+    is_sent
 }

@@ -27,10 +27,17 @@ pub fn on_cpu_loop(ctx: PerfEventContext) -> u32 {
     0
 }
 
-/// Sampling clock on kernels without `bpf_loop`: a shorter walk, bounded by the verifier.
+/// Sampling clock on kernels without `bpf_loop`: the walk is split between programs.
 #[perf_event]
-pub fn on_cpu_bounded(ctx: PerfEventContext) -> u32 {
-    on_cpu::sample(&ctx, unwind::walk_bounded);
+pub fn on_cpu_in_parts(ctx: PerfEventContext) -> u32 {
+    on_cpu::sample(&ctx, unwind::walk_in_parts);
+    0
+}
+
+/// The programs that follow [`on_cpu_in_parts`].
+#[perf_event]
+pub fn walk_on(ctx: PerfEventContext) -> u32 {
+    on_cpu::walk_on(&ctx);
     0
 }
 

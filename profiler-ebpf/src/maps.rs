@@ -1,13 +1,21 @@
 //! Every map the programs share with the agent. Names and shapes are part of the ABI.
 
 use aya_ebpf::{
-    btf_maps::{Array, ArrayOfMaps, HashMap, PerCpuArray, RingBuf},
+    btf_maps::{Array, ArrayOfMaps, HashMap, PerCpuArray, ProgramArray, RingBuf},
     macros::btf_map,
 };
-use profiler_common::abi::{
-    counter::Counter,
-    notice::PLACES,
-    sample::{LARGE_FRAMES, MEDIUM_FRAMES, SMALL_FRAMES, Sample, SampleKey},
+use profiler_common::{
+    abi::{
+        counter::Counter,
+        notice::PLACES,
+        process::ProcessKey,
+        sample::{LARGE_FRAMES, MEDIUM_FRAMES, SMALL_FRAMES, Sample, SampleKey},
+        tables::{
+            CHUNK_ROWS, ExecutableTable, MAX_CHUNKS, MAX_EXECUTABLES, MAX_MAPPINGS, MAX_PAGES, MAX_PROCESSES,
+            MAX_RULES, MappingRange, MappingRecord, Page, Row,
+        },
+    },
+    unwind::rule::Rule,
 };
 
 use crate::unwind::Scratch;
@@ -49,6 +57,38 @@ pub static TARGETS: HashMap<u32, u32, 16384> = HashMap::new();
 /// takes no lock and needs no cleaning: what is overwritten is announced again.
 #[btf_map]
 pub static ANNOUNCED: Array<u64, PLACES> = Array::new();
+
+/// The mappings of each process whose mappings are known. A forked process starts with its parent's.
+#[btf_map]
+pub static PROCESSES: HashMap<ProcessKey, MappingRange, MAX_PROCESSES> = HashMap::new();
+
+/// Mappings, in ranges that belong to one or more processes.
+#[btf_map]
+pub static MAPPINGS: Array<MappingRecord, MAX_MAPPINGS> = Array::new();
+
+/// Unwind tables of executables. The programs mark those that are missing and those that are used.
+#[btf_map]
+pub static EXECUTABLES: Array<ExecutableTable, MAX_EXECUTABLES> = Array::new();
+
+/// Pages of tables, in ranges that belong to one table.
+#[btf_map]
+pub static PAGES: Array<Page, MAX_PAGES> = Array::new();
+
+/// One chunk of rows: a single value, so that one lookup leads to all of them. Memory-mapped, so that the agent
+/// can change a part of it.
+pub type Chunk = Array<[Row; CHUNK_ROWS], 1, { aya_ebpf::bindings::BPF_F_MMAPABLE as usize }>;
+
+/// Rows, in chunks that the agent makes when it needs them.
+#[btf_map]
+pub static CHUNKS: ArrayOfMaps<Chunk, MAX_CHUNKS> = ArrayOfMaps::new();
+
+/// What rows stand for. Number 0 is the frame-pointer chain.
+#[btf_map]
+pub static RULES: Array<Rule, MAX_RULES> = Array::new();
+
+/// The program that goes on with a walk, where one program may only walk a part of it.
+#[btf_map]
+pub static WALK_ON: ProgramArray<1> = ProgramArray::new();
 
 /// Adds one to a counter.
 #[inline(always)]

@@ -12,6 +12,12 @@ impl Memory for UserMemory {
         // SAFETY: the helper checks the address and fails instead of faulting.
         unsafe { bpf_probe_read_user(address as *const [u64; 2]) }.ok()
     }
+
+    #[inline(always)]
+    fn read_word(&mut self, address: u64) -> Option<u64> {
+        // SAFETY: as above.
+        unsafe { bpf_probe_read_user(address as *const u64) }.ok()
+    }
 }
 
 /// Reads a kernel object's member; zero where it cannot be read.

@@ -4,7 +4,7 @@ use core::ptr::{addr_of, read_volatile};
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::pt_regs,
+    bindings,
     helpers::{
         bpf_get_current_comm, bpf_get_current_pid_tgid,
         generated::{
@@ -19,7 +19,7 @@ use profiler_common::{
         process::Comm,
         sample::{EventKind, MAX_KERNEL_FRAMES, SampleHeader, StackEnd},
     },
-    unwind::Registers,
+    unwind::pt_regs,
 };
 
 use crate::{
@@ -27,31 +27,18 @@ use crate::{
     layout::loaded,
     lifecycle,
     maps::{SCRATCH, count},
-    memory::{kernel, opaque},
+    memory::kernel,
     scope,
-    unwind::Scratch,
+    unwind::{self, Scratch},
 };
 
 /// Task flag (`include/linux/sched.h`): the thread is exiting.
 const PF_EXITING: u32 = 0x4;
 /// Code segment selector of 64-bit user code on x86_64 (`__USER_CS`, `arch/x86/include/asm/segment.h`).
 const USER_CS_64: u64 = 0x33;
-/// Words of `struct pt_regs` on x86_64, and the ones unwinding needs (`arch/x86/include/asm/ptrace.h`).
-const PT_REGS_WORDS: usize = 21;
-const PT_REGS_RBP: usize = 4;
-const PT_REGS_RIP: usize = 16;
-const PT_REGS_CS: usize = 17;
-const PT_REGS_RSP: usize = 19;
-
-/// User registers of the sampled thread.
-struct UserRegisters {
-    registers: Registers,
-    code_segment: u64,
-}
-
 /// Takes one sample of the current thread; `walk` drives the user stack walk.
 #[inline(always)]
-pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&mut Scratch)) {
+pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&PerfEventContext, &mut Scratch)) {
     count(Counter::Fired);
     let pid_tgid = bpf_get_current_pid_tgid();
     if pid_tgid == 0 {
@@ -78,17 +65,44 @@ pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&mut Scratch)) {
     scratch.frames = 0;
     scratch.hash = hash_header(&scratch.sample.header);
 
-    let interrupted = interrupted_registers(ctx);
-    let in_kernel = interrupted.code_segment & 3 == 0;
+    interrupted_registers(ctx, &mut scratch.user_registers);
+    let in_kernel = scratch.user_registers[pt_regs::CS] & 3 == 0;
     if in_kernel {
         kernel_stack(ctx, scratch);
     }
-    let kernel_frames = scratch.frames;
-    user_stack(scratch, task, flags, in_kernel, &interrupted, walk);
+    scratch.sample.header.kernel_frames = scratch.frames as u16;
+    scratch.is_exiting = u8::from(flags & PF_EXITING != 0);
+    if has_user_stack(scratch, task, flags, in_kernel) {
+        if scratch.is_exiting == 0 {
+            lifecycle::announce(&scratch.sample.header.process, scratch.user_registers[pt_regs::RIP]);
+        }
+        unwind::start(scratch);
+        walk(ctx, scratch);
+    }
+    finish(scratch);
+}
 
+/// Goes on with the walk that another program could not finish.
+#[inline(always)]
+pub fn walk_on(ctx: &PerfEventContext) {
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
+        count(Counter::LostScratch);
+        return;
+    };
+    // SAFETY: as in `sample`, whose run this goes on with.
+    let scratch = unsafe { &mut *scratch };
+    unwind::walk_in_parts(ctx, scratch);
+    finish(scratch);
+}
+
+/// Counts the sample whose stacks are complete.
+#[inline(always)]
+fn finish(scratch: &mut Scratch) {
     let header = &mut scratch.sample.header;
-    header.kernel_frames = kernel_frames as u16;
-    header.user_frames = (scratch.frames - kernel_frames) as u16;
+    header.user_frames = (scratch.frames - u64::from(header.kernel_frames)) as u16;
+    if scratch.is_exiting == 1 && header.user_end == StackEnd::MemoryUnreadable as u8 {
+        header.user_end = StackEnd::Exiting as u8;
+    }
     scratch.hash = mix(scratch.hash, u64::from(header.user_end));
     aggregate::add(scratch);
 }
@@ -116,22 +130,16 @@ fn hash_header(header: &SampleHeader) -> u64 {
     mix(hash, u64::from(header.kind))
 }
 
-/// Registers at the moment of the interrupt, of user or kernel mode.
+/// Copies the registers at the moment of the interrupt, of user or kernel mode.
 #[inline(always)]
-fn interrupted_registers(ctx: &PerfEventContext) -> UserRegisters {
-    // SAFETY: the context's registers are readable; volatile keeps each a plain load from the context, which
-    // the verifier requires.
-    unsafe {
-        let regs = addr_of!((*ctx.ctx).regs);
-        UserRegisters {
-            registers: Registers {
-                pc: read_volatile(addr_of!((*regs).rip)),
-                sp: read_volatile(addr_of!((*regs).rsp)),
-                fp: read_volatile(addr_of!((*regs).rbp)),
-            },
-            code_segment: read_volatile(addr_of!((*regs).cs)),
-        }
+fn interrupted_registers(ctx: &PerfEventContext, into: &mut [u64; pt_regs::WORDS]) {
+    // SAFETY: the context begins with the registers, which are readable; volatile keeps each a plain load from
+    // the context, which the verifier requires.
+    let word = |index: usize| unsafe { read_volatile(addr_of!((*ctx.ctx).regs).cast::<u64>().add(index)) };
+    macro_rules! copy {
+        ($($index:literal)*) => { $(into[$index] = word($index);)* };
     }
+    copy!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 16 17 19);
 }
 
 /// Records the kernel stack, leaf first.
@@ -155,54 +163,27 @@ fn kernel_stack(ctx: &PerfEventContext, scratch: &mut Scratch) {
     scratch.frames = recorded;
 }
 
-/// Records the user stack after the kernel's, leaf first, and why it ends.
+/// Whether there is a user stack that can be walked from `user_registers`; if not, the header says why.
 #[inline(always)]
-fn user_stack(
-    scratch: &mut Scratch,
-    task: u64,
-    flags: u32,
-    in_kernel: bool,
-    interrupted: &UserRegisters,
-    walk: impl Fn(&mut Scratch),
-) {
+fn has_user_stack(scratch: &mut Scratch, task: u64, flags: u32, in_kernel: bool) -> bool {
     if flags & loaded!(SETTINGS.no_user_mode_flags) != 0 {
         scratch.sample.header.user_end = StackEnd::KernelThread as u8;
-        return;
+        return false;
     }
-    let code_segment = if in_kernel {
+    if in_kernel {
         saved_user_registers(task, &mut scratch.user_registers);
-        scratch.registers = Registers {
-            pc: scratch.user_registers[PT_REGS_RIP],
-            sp: scratch.user_registers[PT_REGS_RSP],
-            fp: scratch.user_registers[PT_REGS_RBP],
-        };
-        scratch.user_registers[PT_REGS_CS]
-    } else {
-        scratch.registers = Registers {
-            pc: opaque(interrupted.registers.pc),
-            sp: opaque(interrupted.registers.sp),
-            fp: opaque(interrupted.registers.fp),
-        };
-        interrupted.code_segment
-    };
-    if code_segment != USER_CS_64 {
+    }
+    if scratch.user_registers[pt_regs::CS] != USER_CS_64 {
         scratch.sample.header.user_end = StackEnd::Compat as u8;
-        return;
+        return false;
     }
-    if flags & PF_EXITING == 0 {
-        lifecycle::announce(&scratch.sample.header.process, scratch.registers.pc);
-    }
-    walk(scratch);
-    let end = &mut scratch.sample.header.user_end;
-    if flags & PF_EXITING != 0 && *end == StackEnd::MemoryUnreadable as u8 {
-        *end = StackEnd::Exiting as u8;
-    }
+    true
 }
 
 /// Copies the registers with which the thread entered the kernel from the top of its kernel stack.
 #[inline(always)]
-fn saved_user_registers(task: u64, into: &mut [u64; PT_REGS_WORDS]) {
-    const BYTES: u32 = size_of::<pt_regs>() as u32;
+fn saved_user_registers(task: u64, into: &mut [u64; pt_regs::WORDS]) {
+    const BYTES: u32 = size_of::<bindings::pt_regs>() as u32;
     let address = if loaded!(SETTINGS.has_task_pt_regs) == 1 {
         // SAFETY: the helper takes the current task, as the verifier checks.
         unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) }.cast_unsigned()
@@ -214,8 +195,8 @@ fn saved_user_registers(task: u64, into: &mut [u64; PT_REGS_WORDS]) {
     // SAFETY: the destination has the size of `struct pt_regs`; the helper checks the source.
     let failed = unsafe { bpf_probe_read_kernel(into.as_mut_ptr().cast(), BYTES, address as *const _) };
     if failed != 0 {
-        into[PT_REGS_CS] = 0;
+        into[pt_regs::CS] = 0;
     }
 }
 
-const _: () = assert!(size_of::<pt_regs>() == PT_REGS_WORDS * 8);
+const _: () = assert!(size_of::<bindings::pt_regs>() == pt_regs::WORDS * 8);

@@ -37,7 +37,7 @@ fn a_known_chain_comes_out_exactly() {
 /// The same as the walk is done on kernels without `bpf_loop`.
 #[test]
 fn a_known_chain_comes_out_on_older_kernels() {
-    check_chain(&["--bounded-walk", "--output", "-"]);
+    check_chain(&["--walk-in-parts", "--output", "-"]);
 }
 
 fn check_chain(arguments: &[&str]) {

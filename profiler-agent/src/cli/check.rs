@@ -71,7 +71,7 @@ fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
         targets_only: true,
         rows: BufferRows::for_rate(1, 1, 1),
         debug_log: false,
-        bounded_walk: false,
+        walk_in_parts: false,
     };
     let mut kernel = match Kernel::load(&options) {
         Ok(kernel) => kernel,

@@ -17,6 +17,7 @@ use tracing::info;
 
 use super::{logging::Logging, output::Output};
 use crate::{
+    unwind_info::DEFAULT_TABLE_BYTES,
     config::{DEFAULT_FREQUENCY, valid_frequency},
     export::Format,
     kernel::{self, BufferRows, Kernel, privileges},
@@ -59,7 +60,7 @@ pub(super) struct Arguments {
     btf: PathBuf,
     /// Walk stacks as on kernels without bpf_loop.
     #[arg(long, hide = true)]
-    bounded_walk: bool,
+    walk_in_parts: bool,
     /// A command to start and record, with everything it starts.
     #[arg(last = true, value_name = "CMD")]
     command: Vec<std::ffi::OsString>,
@@ -91,7 +92,7 @@ struct Recording {
     format: Format,
     output: Output,
     btf: PathBuf,
-    bounded_walk: bool,
+    walk_in_parts: bool,
     command: Vec<std::ffi::OsString>,
 }
 
@@ -139,7 +140,7 @@ impl Arguments {
             format,
             output: Output::open(path)?,
             btf: self.btf,
-            bounded_walk: self.bounded_walk,
+            walk_in_parts: self.walk_in_parts,
             command: self.command,
         })
     }
@@ -194,6 +195,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
         period: Duration::from_nanos(1_000_000_000 / recording.frequency),
         window: None,
         frame_cache_bytes: FRAME_CACHE_BYTES,
+        unwind_table_bytes: DEFAULT_TABLE_BYTES,
         watch: (!watch.is_empty()).then_some(watch),
     };
     let (mut pipeline, mut profiles) = Pipeline::start(kernel, options, &stats)?;
@@ -262,7 +264,7 @@ fn start_sampling(recording: &Recording, logging: Logging) -> anyhow::Result<(Ke
         targets_only: limited,
         rows: BufferRows::for_rate(cpus, recording.frequency, DRAIN_INTERVAL.as_secs()),
         debug_log: logging.kernel_debug,
-        bounded_walk: recording.bounded_walk,
+        walk_in_parts: recording.walk_in_parts,
     })?;
     kernel.attach_notices()?;
     for &pid in &recording.pids {

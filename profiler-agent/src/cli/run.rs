@@ -12,6 +12,7 @@ use tracing::{info, warn};
 
 use super::logging::Logging;
 use crate::{
+    unwind_info::DEFAULT_TABLE_BYTES,
     config::{Config, Overrides},
     export::otlp::{self, Client},
     kernel::{self, BufferRows, Kernel, privileges},
@@ -104,7 +105,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         targets_only: false,
         rows: BufferRows::for_rate(cpus, config.frequency, DRAIN_INTERVAL.as_secs()),
         debug_log: logging.kernel_debug,
-        bounded_walk: false,
+        walk_in_parts: false,
     })?;
     kernel.attach_notices()?;
     kernel.start()?;
@@ -128,6 +129,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         period: Duration::from_nanos(1_000_000_000 / config.frequency),
         window: Some(config.window),
         frame_cache_bytes: FRAME_CACHE_BYTES,
+        unwind_table_bytes: DEFAULT_TABLE_BYTES,
         watch: None,
     };
     let (mut pipeline, profiles) = Pipeline::start(kernel, options, &stats)?;

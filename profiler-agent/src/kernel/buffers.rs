@@ -6,7 +6,7 @@ use aya::maps::{ArrayOfMaps, MapData};
 use aya_obj::generated::bpf_map_type::BPF_MAP_TYPE_HASH;
 use profiler_common::abi::sample::{LARGE_FRAMES, MEDIUM_FRAMES, SMALL_FRAMES, Sample, SampleKey};
 
-use super::{KernelError, batch};
+use super::{KernelError, commands};
 
 /// Rows of each size class, per buffer.
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +28,7 @@ impl BufferRows {
         let small = samples.clamp(1 << 10, MAX_SMALL);
         // SANITY: at most MAX_SMALL, which fits.
         let rows = |divisor: u64| u32::try_from(small / divisor).unwrap_or(u32::MAX);
-        Self { small: rows(1), medium: rows(4), large: rows(16) }
+        Self { small: rows(1), medium: rows(4), large: rows(32) }
     }
 
     /// Bytes of kernel memory that both buffers of every class take, without the kernel's bookkeeping
@@ -74,7 +74,7 @@ impl DoubleBuffer {
         self.slot.set(0, &self.buffers[next], 0)?;
         let filled = self.buffers[self.active].fd().as_fd();
         self.active = next;
-        batch::drain(filled, size_of::<SampleKey>(), self.value_size, |_, value| row(value))
+        commands::drain(filled, size_of::<SampleKey>(), self.value_size, |_, value| row(value))
             .map_err(|error: io::Error| KernelError::System { what: "reading a sample buffer", error })
     }
 }

@@ -3,7 +3,7 @@
 //! In: settings. Out: raw rows and notices as bytes of the ABI's records, and counters. What they mean is
 //! decided elsewhere.
 
-mod batch;
+mod commands;
 mod btf;
 mod buffers;
 mod clock;
@@ -11,12 +11,13 @@ mod cpus;
 mod layout;
 pub mod privileges;
 mod rings;
+mod tables;
 
 use std::{io, path::Path};
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{ArrayOfMaps, HashMap, MapData, MapError, PerCpuArray},
+    maps::{ArrayOfMaps, HashMap, MapData, MapError, PerCpuArray, ProgramArray},
     programs::{BtfTracePoint, FEntry, PerfEvent, ProgramError},
 };
 use aya_log::EbpfLogger;
@@ -37,6 +38,7 @@ pub use self::{
     cpus::online as online_cpus,
     layout::{Features, kernel_version},
     rings::{DebugLog, Ring},
+    tables::{KernelMappings, KernelTables},
 };
 
 /// The kernel programs, built from `profiler-ebpf` by the build script.
@@ -124,7 +126,7 @@ pub struct Options<'a> {
     /// Let the programs log through aya-log.
     pub debug_log: bool,
     /// Walk stacks as on kernels without `bpf_loop`, although this one has it.
-    pub bounded_walk: bool,
+    pub walk_in_parts: bool,
 }
 
 /// The loaded kernel programs and their maps.
@@ -139,6 +141,8 @@ pub struct Kernel {
     targets_only: bool,
     features: Features,
     debug_log: bool,
+    /// The kernel empties it when nobody holds it any more.
+    _walk_on: Option<ProgramArray<MapData>>,
 }
 
 impl Kernel {
@@ -188,7 +192,9 @@ impl Kernel {
                 features.mmap_hook = false;
             }
         }
-        let clock_program = if features.bpf_loop && !options.bounded_walk { "on_cpu_loop" } else { "on_cpu_bounded" };
+        let in_parts = options.walk_in_parts || !features.bpf_loop;
+        let clock_program = if in_parts { "on_cpu_in_parts" } else { "on_cpu_loop" };
+        let walk_on = if in_parts { Some(load_walk_on(&mut ebpf)?) } else { None };
         let program: &mut PerfEvent = program(&mut ebpf, clock_program)?;
         program.load().map_err(|error| KernelError::Program { program: clock_program, error })?;
         let clock = Clock::new(clock_program, options.frequency);
@@ -205,6 +211,7 @@ impl Kernel {
             targets_only: options.targets_only,
             features,
             debug_log: options.debug_log,
+            _walk_on: walk_on,
         })
     }
 
@@ -271,6 +278,16 @@ impl Kernel {
             .ok()
     }
 
+    /// The maps of unwind tables.
+    pub fn take_tables(&mut self) -> Result<KernelTables, KernelError> {
+        KernelTables::take(&mut self.ebpf)
+    }
+
+    /// The maps that say what is mapped where.
+    pub fn take_mappings(&mut self) -> Result<KernelMappings, KernelError> {
+        KernelMappings::take(&mut self.ebpf)
+    }
+
     /// Empties the overflow ring and every buffer, row by row. Rows are bytes of a `Sample`, header first.
     pub fn drain(&mut self, overflow: &mut Ring, mut row: impl FnMut(&[u8])) -> Result<(), KernelError> {
         self.small.drain(&mut row)?;
@@ -311,6 +328,17 @@ fn release_free_memory() {
     unsafe {
         libc::malloc_trim(0);
     }
+}
+
+/// Loads the program that goes on with a walk, and puts it where programs find it.
+fn load_walk_on(ebpf: &mut Ebpf) -> Result<ProgramArray<MapData>, KernelError> {
+    let mut programs: ProgramArray<MapData> = take_map(ebpf, "WALK_ON")?;
+    let name = "walk_on";
+    let walk_on: &mut PerfEvent = program(ebpf, name)?;
+    walk_on.load().map_err(|error| KernelError::Program { program: name, error })?;
+    let descriptor = walk_on.fd().map_err(|error| KernelError::Program { program: name, error })?;
+    programs.set(0, descriptor, 0)?;
+    Ok(programs)
 }
 
 fn take_map<M: TryFrom<aya::maps::Map, Error = MapError>>(

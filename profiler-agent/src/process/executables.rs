@@ -1,7 +1,7 @@
 //! The files that processes run code from, each opened and read once however many processes map it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs::{self, File, OpenOptions},
     io::{Read as _, Seek as _, SeekFrom, Write as _},
     os::{
@@ -13,11 +13,13 @@ use std::{
 
 use tracing::debug;
 
-use super::{
+use profiler_common::abi::tables::MAX_EXECUTABLES;
+
+use super::proc_fs::{self, MapsLine};
+use crate::{
     elf::{self, ElfSummary},
-    proc_fs::{self, MapsLine},
+    profile::{Executable, ExecutableId},
 };
-use crate::profile::{Executable, ExecutableId};
 
 /// Most files kept open. Further ones are known by name only, and opened when there is room.
 const MAX_OPEN: usize = 1024;
@@ -74,14 +76,43 @@ impl Stamp {
 }
 
 /// Every executable file that is mapped somewhere, or was a moment ago.
-#[derive(Default)]
 pub(super) struct Executables {
     entries: HashMap<FileKey, Entry>,
     vdso: Option<Arc<MappedFile>>,
     next_id: u32,
+    /// Numbers of unwind tables that nobody has. The one that was given back longest ago is used first.
+    free_tables: VecDeque<u32>,
+    /// Files by the number of their unwind table.
+    by_table: HashMap<u32, Arc<Executable>>,
+    /// Numbers that were given back since they were last asked for.
+    closed: Vec<u32>,
+}
+
+impl Default for Executables {
+    fn default() -> Self {
+        Self {
+            entries: HashMap::new(),
+            vdso: None,
+            next_id: 0,
+            // Number 0 is for code without a table.
+            free_tables: (1..MAX_EXECUTABLES as u32).collect(),
+            by_table: HashMap::new(),
+            closed: Vec::new(),
+        }
+    }
 }
 
 impl Executables {
+    /// The file whose unwind table has this number.
+    pub(super) fn by_table(&self, table: u32) -> Option<Arc<Executable>> {
+        self.by_table.get(&table).cloned()
+    }
+
+    /// Numbers of unwind tables that are not needed any more.
+    pub(super) fn take_closed(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.closed)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
@@ -107,8 +138,9 @@ impl Executables {
                 return Some(Arc::clone(&entry.file));
             }
             // Rewritten in place since, or never opened: it is read anew, under an identity of its own.
-            entry.file.0.close();
+            let file = Arc::clone(&entry.file.0);
             self.entries.remove(&key);
+            self.close(&file);
         }
         if self.entries.len() >= MAX_KNOWN {
             return None;
@@ -117,36 +149,53 @@ impl Executables {
         let file = if is_room { open(tgid, line) } else { None };
         let stamp = file.as_ref().and_then(Stamp::of);
         let summary = file.as_ref().and_then(elf::summarize).unwrap_or_default();
-        let file = self.add(line.path.clone(), summary, file);
+        let file = self.add(line.path.clone(), summary, file)?;
         self.entries.insert(key, Entry { file: Arc::clone(&file), stamp, tried: generation, last_mapped: generation });
         Some(file)
     }
 
     /// Closes files that no process has mapped for a while.
     pub(super) fn sweep(&mut self, generation: u64) {
+        let mut unused = Vec::new();
         self.entries.retain(|_, entry| {
             if Arc::strong_count(&entry.file) > 1 {
                 entry.last_mapped = generation;
             }
             let keep = generation.saturating_sub(entry.last_mapped) < CLOSE_AFTER;
             if !keep {
-                entry.file.0.close();
+                unused.push(Arc::clone(&entry.file.0));
             }
             keep
         });
+        for file in unused {
+            self.close(&file);
+        }
     }
 
-    fn add(&mut self, path: String, summary: ElfSummary, file: Option<File>) -> Arc<MappedFile> {
+    /// Lets go of a file and of the number of its unwind table.
+    fn close(&mut self, file: &Executable) {
+        file.close();
+        self.by_table.remove(&file.table);
+        self.free_tables.push_back(file.table);
+        self.closed.push(file.table);
+    }
+
+    /// `None`: there are too many already.
+    fn add(&mut self, path: String, summary: ElfSummary, file: Option<File>) -> Option<Arc<MappedFile>> {
         let id = ExecutableId(self.next_id);
         self.next_id = self.next_id.wrapping_add(1);
-        Arc::new(MappedFile(Arc::new(Executable {
+        let table = self.free_tables.pop_front()?;
+        let file = Arc::new(Executable {
             id,
+            table,
             path,
             build_id: summary.build_id,
             segments: summary.segments.into(),
             is_nameable: summary.is_nameable,
             file: Mutex::new(file.map(Arc::new)),
-        })))
+        });
+        self.by_table.insert(table, Arc::clone(&file));
+        Some(Arc::new(MappedFile(file)))
     }
 
     /// The vDSO is the same in every 64-bit process of a running kernel: ours is copied to a file once.
@@ -154,7 +203,7 @@ impl Executables {
         if self.vdso.is_none() {
             let file = copy_own_vdso();
             let summary = file.as_ref().and_then(elf::summarize).unwrap_or_default();
-            self.vdso = Some(self.add(VDSO.to_owned(), summary, file));
+            self.vdso = self.add(VDSO.to_owned(), summary, file);
         }
         self.vdso.clone()
     }

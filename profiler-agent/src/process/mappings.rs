@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use profiler_common::abi::tables::{MAX_PROCESS_MAPPINGS, MappingRecord};
+
 use super::executables::MappedFile;
 use crate::profile::{FileOffset, Location};
 
 /// Most mappings kept of one process.
-const MAX_MAPPINGS: usize = 8192;
+const MAX_MAPPINGS: usize = MAX_PROCESS_MAPPINGS;
 
 /// What backs a mapping.
 #[derive(Clone, Debug)]
@@ -88,6 +90,33 @@ impl Mappings {
         }
     }
 
+    /// The same as the kernel programs see it.
+    pub(super) fn records(&self) -> Vec<MappingRecord> {
+        let mut records: Vec<MappingRecord> = Vec::with_capacity(self.0.len());
+        for mapping in &self.0 {
+            let (bias, executable) = match &mapping.backing {
+                Backing::File(file) => match file.0.virtual_address(FileOffset(mapping.file_offset)) {
+                    Some(address) => (mapping.start.wrapping_sub(address.0), file.0.table),
+                    None => (0, 0),
+                },
+                Backing::Anonymous => (0, 0),
+            };
+            match records.last_mut() {
+                Some(last) if (last.end, last.bias, last.executable) == (mapping.start, bias, executable) => {
+                    last.end = mapping.end;
+                }
+                _ => records.push(MappingRecord {
+                    start: mapping.start,
+                    end: mapping.end,
+                    bias,
+                    executable,
+                    reserved: 0,
+                }),
+            }
+        }
+        records
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -103,6 +132,7 @@ mod tests {
     fn file(id: u32) -> Backing {
         Backing::File(Arc::new(MappedFile(Arc::new(Executable {
             id: ExecutableId(id),
+            table: id,
             path: format!("/{id}"),
             build_id: None,
             segments: Box::default(),

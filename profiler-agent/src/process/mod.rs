@@ -4,13 +4,14 @@
 //! allegation: counts and sizes are bounded, and a process that vanishes while it is read is an expected
 //! outcome.
 
-mod elf;
 mod executables;
 mod mappings;
 mod proc_fs;
+mod published;
 mod table;
 
 pub use self::{
     proc_fs::children_of,
+    published::{Change, MappingMaps, Published},
     table::{ProcessTable, TableStats},
 };

@@ -6,7 +6,7 @@ use std::{
 };
 
 use profiler_common::abi::{
-    notice::{ForkNotice, MmapNotice, NoticeHeader, NoticeKind, PlaceNotice},
+    notice::{ForkNotice, MmapNotice, NoticeHeader, NoticeKind, PlaceNotice, TableNotice},
     process::{COMM_LEN, ProcessKey},
     sample::StackEnd,
 };
@@ -17,8 +17,9 @@ use super::{
     executables::{Executables, FileKey, executable_name},
     mappings::{Backing, Mapping, Mappings},
     proc_fs::{executable_maps, start_ticks, ticks_of},
+    published::Change,
 };
-use crate::profile::{CodeAddress, LocatedSample, Location, ProcessInfo, RawSample};
+use crate::profile::{CodeAddress, Executable, LocatedSample, Location, ProcessInfo, RawSample};
 
 /// Most program images remembered. A machine with more runs on with fewer frames located.
 const MAX_PROCESSES: usize = 32 << 10;
@@ -73,6 +74,10 @@ pub struct ProcessTable {
     /// Images whose mappings should be read before the next sample is located.
     unread: HashSet<ProcessKey>,
     exited: HashSet<u32>,
+    /// What the kernel programs have to be told.
+    changes: Vec<Change>,
+    /// Executables whose unwind tables samples have missed.
+    wanted: Vec<Arc<Executable>>,
     /// Counts drains.
     generation: u64,
     stats: TableStats,
@@ -118,6 +123,10 @@ impl ProcessTable {
                     self.unread.insert(process);
                 }
             }
+            NoticeKind::TableWanted => {
+                let (notice, _) = TableNotice::read_from_prefix(bytes).ok()?;
+                self.wanted.extend(self.executables.by_table(notice.executable));
+            }
         }
         Some(())
     }
@@ -133,6 +142,21 @@ impl ProcessTable {
                 self.scan(key);
             }
         }
+    }
+
+    /// What the kernel programs have to be told since this was last called.
+    pub fn take_changes(&mut self) -> Vec<Change> {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// Executables whose unwind tables samples have missed since this was last called.
+    pub fn take_wanted(&mut self) -> Vec<Arc<Executable>> {
+        std::mem::take(&mut self.wanted)
+    }
+
+    /// Numbers of unwind tables that are not needed any more, since this was last called.
+    pub fn take_closed(&mut self) -> Vec<u32> {
+        self.executables.take_closed()
     }
 
     /// Whether the process has exited (for as long as it is remembered).
@@ -176,9 +200,12 @@ impl ProcessTable {
             self.end_vanished();
         }
         let mut gone = Vec::new();
-        let (generation, newest) = (self.generation, &mut self.newest);
+        let (generation, newest, changes) = (self.generation, &mut self.newest, &mut self.changes);
         self.processes.retain(|key, process| {
             let keep = process.ended.is_none_or(|ended| generation.saturating_sub(ended) < KEEP_EXITED);
+            if !keep {
+                changes.push(Change::Gone(*key));
+            }
             if !keep && newest.get(&key.tgid) == Some(key) {
                 newest.remove(&key.tgid);
                 gone.push(key.tgid);
@@ -233,6 +260,7 @@ impl ProcessTable {
 
     fn fork(&mut self, parent: ProcessKey, child: ProcessKey) {
         self.see(child);
+        self.changes.push(Change::Forked { parent, child });
         let Some(parent) = self.processes.get(&parent) else { return };
         let (mappings, executable) = (Arc::clone(&parent.mappings), parent.executable.clone());
         if let Some(child) = self.processes.get_mut(&child) {
@@ -255,6 +283,8 @@ impl ProcessTable {
             file_offset: notice.file_offset,
             backing: Backing::File(file),
         });
+        let records = process.mappings.records();
+        self.changes.push(Change::Mapped(key, records));
     }
 
     /// Reads the mappings of a living process. False: it is gone, or runs another program by now.
@@ -295,6 +325,7 @@ impl ProcessTable {
             // Exiting: its memory is gone already, but what was known of it still holds.
             return None;
         }
+        self.changes.push(Change::Mapped(key, mappings.records()));
         process.mappings = Arc::new(mappings);
         debug!("process {}: {} executable mappings", key.tgid, lines.len());
         Some(())

@@ -27,6 +27,8 @@ pub struct Segment {
 pub struct Executable {
     /// Its handle.
     pub id: ExecutableId,
+    /// Its number in the kernel's map of unwind tables; never zero.
+    pub table: u32,
     /// Its path as the process that mapped it sees it.
     pub path: String,
     /// GNU build ID, where the file has one.

@@ -58,6 +58,24 @@ pub(super) fn render(stats: &Stats) -> String {
         "Rows of processes that could not be remembered.",
         table.samples_unknown_process,
     );
+    let (tables, mappings_refused) = stats.unwind_tables();
+    page.gauge("unwind_tables", "Unwind tables in the kernel's maps.", tables.store.tables);
+    page.gauge("unwind_table_rows", "Rows of unwind tables in the kernel's maps.", tables.store.rows);
+    page.gauge("unwind_table_bytes", "Kernel memory that rows of unwind tables take.", tables.store.bytes);
+    page.gauge("unwind_rules", "Different unwind rules in the kernel's map.", tables.rules);
+    page.counter("unwind_tables_built", "Unwind tables built.", tables.built);
+    page.counter("unwind_table_rows_built", "Rows of unwind tables built.", tables.rows_built);
+    page.counter("unwind_tables_shared", "Unwind tables that an equal file had already.", tables.shared);
+    page.counter("unwind_tables_empty", "Executables that say nothing about their frames.", tables.empty);
+    page.counter("unwind_tables_evicted", "Unwind tables that made room for others.", tables.store.evicted);
+    page.counter("unwind_tables_over_budget", "Unwind tables that found no room.", tables.store.over_budget);
+    page.sample(
+        "unwind_table_build_seconds_total",
+        "Time spent building unwind tables.",
+        "counter",
+        tables.build_time_ns as f64 / 1e9,
+    );
+    page.counter("mappings_refused", "Times a process's mappings found no room in the kernel's map.", mappings_refused);
     page.gauge("processes", "Program images remembered.", table.processes);
     page.gauge("executables", "Executable files known.", table.executables);
 

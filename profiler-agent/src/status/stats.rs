@@ -10,7 +10,7 @@ use profiler_common::abi::{
     sample::StackEnd,
 };
 
-use crate::{process::TableStats, symbolize::SymbolizeStats};
+use crate::{process::TableStats, symbolize::SymbolizeStats, unwind_info::TableBuilderStats};
 
 /// A number that only grows.
 #[derive(Debug, Default)]
@@ -61,6 +61,7 @@ pub struct Stats {
     kernel: Mutex<Vec<u64>>,
     table: Mutex<TableStats>,
     symbolize: Mutex<SymbolizeStats>,
+    unwind_tables: Mutex<(TableBuilderStats, u64)>,
     cpus: AtomicUsize,
     ready: AtomicBool,
 }
@@ -112,6 +113,15 @@ impl Stats {
     /// The process table's sizes and events.
     pub fn table(&self) -> TableStats {
         *self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_unwind_tables(&self, stats: TableBuilderStats, mappings_refused: u64) {
+        *self.unwind_tables.lock().unwrap_or_else(PoisonError::into_inner) = (stats, mappings_refused);
+    }
+
+    /// The unwind tables' sizes and events, and how many times a process's mappings found no room.
+    pub fn unwind_tables(&self) -> (TableBuilderStats, u64) {
+        *self.unwind_tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn set_symbolize(&self, stats: SymbolizeStats) {

@@ -8,3 +8,4 @@ pub mod notice;
 pub mod process;
 pub mod sample;
 pub mod settings;
+pub mod tables;

@@ -32,6 +32,8 @@ pub enum NoticeKind {
     Mmap = 4,
     /// [`PlaceNotice`]: code was sampled where this image had not been sampled lately.
     NewPlace = 5,
+    /// [`TableNotice`]: the unwind table of an executable is needed.
+    TableWanted = 6,
 }
 
 impl TryFrom<u32> for NoticeKind {
@@ -44,6 +46,7 @@ impl TryFrom<u32> for NoticeKind {
             3 => Ok(Self::Exit),
             4 => Ok(Self::Mmap),
             5 => Ok(Self::NewPlace),
+            6 => Ok(Self::TableWanted),
             other => Err(other),
         }
     }
@@ -89,6 +92,18 @@ pub struct PlaceNotice {
     pub address: u64,
 }
 
+/// The first sample that needs the unwind table of an executable.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct TableNotice {
+    /// Kind and process.
+    pub header: NoticeHeader,
+    /// Index in the executables map.
+    pub executable: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
 /// Places are told apart by 64 KiB of address space: smaller than almost every library.
 pub const PLACE_SHIFT: u32 = 16;
 /// Places that are remembered as announced, over all processes; a power of two.
@@ -97,6 +112,7 @@ pub const PLACES: usize = 1 << 16;
 const _: () = {
     assert!(size_of::<NoticeHeader>() == 24);
     assert!(size_of::<PlaceNotice>() == 32);
+    assert!(size_of::<TableNotice>() == 32);
     assert!(PLACES.is_power_of_two());
     assert!(size_of::<ForkNotice>() == 40);
     assert!(size_of::<MmapNotice>() == 64);

@@ -12,7 +12,7 @@ pub const SMALL_FRAMES: usize = 32;
 pub const MEDIUM_FRAMES: usize = 128;
 /// Frames a row of the largest size class holds: the deepest stack that is kept. A power of two, so that
 /// indexes can be masked for the verifier.
-pub const LARGE_FRAMES: usize = 512;
+pub const LARGE_FRAMES: usize = 1024;
 /// Most kernel frames asked of `bpf_get_stack` (the kernel's own default limit, `perf_event_max_stack`).
 pub const MAX_KERNEL_FRAMES: usize = 127;
 
@@ -130,11 +130,17 @@ stack_ends! {
     Root = 1, "root", "The outermost frame was reached: a zero frame pointer or return address.";
     KernelThread = 2, "kernel thread", "A kernel thread: there is no user stack.";
     DepthLimit = 3, "depth limit", "More frames than a row or the walker's loop can hold.";
-    FramePointerLost = 4, "frame pointer lost", "The frame pointer does not lead to a caller: code without frame pointers.";
+    FramePointerLost = 4, "frame pointer lost", "No table covers the code, and its frame pointer does not lead to a caller.";
     MemoryUnreadable = 5, "memory unreadable", "The stack memory that should hold the caller could not be read.";
     Exiting = 6, "exiting", "The thread is exiting and its memory is already gone.";
     Compat = 7, "32-bit code", "The thread runs 32-bit code, whose frames have another shape.";
-    NotCode = 8, "not code", "The next return address does not point into executable memory.";
+    NotCode = 8, "not code", "The next return address points into no executable memory that is known.";
+    UnknownProcess = 9, "unknown process", "The process was sampled before its mappings were known.";
+    TablePending = 10, "table pending", "The unwind table of the code was still being built.";
+    OverBudget = 11, "table over budget", "The unwind table of the code does not fit into the memory budget.";
+    UnsupportedRule = 12, "unsupported rule", "The unwind table says something that cannot be followed.";
+    FrameCorrupt = 13, "frame corrupt", "The frame's contents contradict its unwind table.";
+    StackSwitch = 14, "stack switch", "The code continues another stack in a way that cannot be followed.";
 }
 
 impl StackEnd {

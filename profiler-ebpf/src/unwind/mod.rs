@@ -1,23 +1,31 @@
 //! Walks the user stack of the current thread into the scratch sample.
 //!
 //! The walk is a state machine in per-CPU memory: `advance` records one frame and finds its caller. Which
-//! rule finds the caller is decided there, so further rules and runtimes are further states of one loop;
-//! the drivers below only repeat it.
+//! rule finds the caller is decided there, so further runtimes are further states of one loop; the drivers
+//! below only repeat it.
 
 mod native;
 
 use core::{ffi::c_void, ptr::null_mut};
 
-use aya_ebpf::helpers::generated::bpf_loop;
+use aya_ebpf::{helpers::generated::bpf_loop, programs::PerfEventContext};
 use profiler_common::{
-    abi::sample::{LARGE_FRAMES, Sample, StackEnd},
-    unwind::Registers,
+    abi::{
+        sample::{LARGE_FRAMES, Sample, StackEnd},
+        tables::MappingRange,
+    },
+    unwind::{Registers, pt_regs},
 };
 
-use crate::{aggregate::mix, maps, memory::opaque};
+use crate::{
+    aggregate::mix,
+    maps::{self, PROCESSES, WALK_ON},
+    memory::opaque,
+};
 
-/// Frames walked where the loop has to be bounded by the verifier.
-const BOUNDED_FRAMES: usize = 127;
+/// Frames walked by one program where the loop has to be bounded by the verifier. The kernel lets 33 programs
+/// follow each other (`MAX_TAIL_CALL_CNT`).
+const FRAMES_PER_PROGRAM: usize = 32;
 
 /// A sample under construction and the state of its walk.
 #[repr(C)]
@@ -29,8 +37,34 @@ pub struct Scratch {
     pub hash: u64,
     /// Frames recorded so far, kernel and user.
     pub frames: u64,
-    /// Saved user registers of a thread in kernel mode, as `struct pt_regs`.
-    pub user_registers: [u64; 21],
+    /// Registers with which the thread left user mode, as `struct pt_regs`.
+    pub user_registers: [u64; pt_regs::WORDS],
+    /// What is mapped in the process.
+    mappings: MappingRange,
+    /// Where the last frame was.
+    place: native::Place,
+    /// Bounds of the search that is under way.
+    search: native::Bounds,
+    /// 1: no caller has been found yet.
+    is_leaf: u8,
+    /// 1: the thread is exiting: its memory may be gone already.
+    pub is_exiting: u8,
+    /// 1: `registers.pc` is a return address.
+    is_return: u8,
+}
+
+/// Prepares the walk from `user_registers`.
+#[inline(always)]
+pub fn start(scratch: &mut Scratch) {
+    scratch.registers = Registers::interrupted(&scratch.user_registers);
+    scratch.is_leaf = 1;
+    scratch.is_return = 0;
+    native::start(&mut scratch.place);
+    scratch.mappings = match PROCESSES.get_ptr(scratch.sample.header.process) {
+        // SAFETY: a value of this preallocated map stays readable while the program runs.
+        Some(range) => unsafe { *range },
+        None => MappingRange { first: 0, count: 0 },
+    };
 }
 
 /// Records the current frame and moves on to its caller. False: the walk is over, and
@@ -42,12 +76,17 @@ fn advance(scratch: &mut Scratch) -> bool {
         scratch.sample.header.user_end = StackEnd::DepthLimit as u8;
         return false;
     }
-    scratch.sample.frames[(index & (LARGE_FRAMES as u64 - 1)) as usize] = scratch.registers.pc;
-    scratch.hash = mix(scratch.hash, scratch.registers.pc);
+    // Readers take every frame but the leaf for a return address, and look it up one byte earlier. What a
+    // signal interrupted is none, so it is recorded one byte later.
+    let is_interrupted = (scratch.is_leaf | scratch.is_return) ^ 1;
+    let recorded = scratch.registers.pc + u64::from(is_interrupted);
+    scratch.sample.frames[(index & (LARGE_FRAMES as u64 - 1)) as usize] = recorded;
+    scratch.hash = mix(scratch.hash, recorded);
     scratch.frames = index + 1;
-    match native::caller(&scratch.registers) {
+    match native::caller(scratch) {
         Ok(caller) => {
             scratch.registers = caller;
+            scratch.is_leaf = 0;
             true
         }
         Err(end) => {
@@ -59,9 +98,9 @@ fn advance(scratch: &mut Scratch) -> bool {
 
 /// Driver for kernels with `bpf_loop`.
 #[inline(always)]
-pub fn walk_with_helper(_scratch: &mut Scratch) {
+pub fn walk_with_helper(_ctx: &PerfEventContext, _scratch: &mut Scratch) {
     // SAFETY: the callback has the signature the helper asks for and finds its state by itself.
-    unsafe { bpf_loop(LARGE_FRAMES as u32, advance_once as *mut c_void, null_mut(), 0) };
+    unsafe { bpf_loop(LARGE_FRAMES as u32 + 1, advance_once as *mut c_void, null_mut(), 0) };
 }
 
 /// One turn of [`walk_with_helper`]; returns 1 to stop.
@@ -73,12 +112,16 @@ unsafe extern "C" fn advance_once(_turn: u32, _context: *mut c_void) -> i64 {
     i64::from(!advance(unsafe { &mut *scratch }))
 }
 
-/// Driver for older kernels: the verifier follows every turn.
+/// Driver for older kernels: the verifier follows every turn, and programs follow each other. Where the stack
+/// goes on after this part of it, this does not return: the next program finishes the sample.
 #[inline(always)]
-pub fn walk_bounded(scratch: &mut Scratch) {
-    for _ in 0..BOUNDED_FRAMES {
+pub fn walk_in_parts(ctx: &PerfEventContext, scratch: &mut Scratch) {
+    for _ in 0..FRAMES_PER_PROGRAM {
         if !advance(scratch) {
             return;
         }
     }
+    // SAFETY: nothing here needs to be dropped. Where the call fails, because too many programs have followed
+    // each other, the stack ends with the reason it was given at first: the depth limit.
+    unsafe { WALK_ON.tail_call(ctx, 0) };
 }

@@ -1,0 +1,242 @@
+//! ELF files, as far as finding code and its tables needs them: segments, sections, the build ID.
+//!
+//! In: a file. Out: what its headers say. Headers are read with bounded reads and never mapped, so that a file
+//! that shrinks meanwhile is an error and not a signal.
+
+use std::{fs::File, os::unix::fs::FileExt as _};
+
+use object::{
+    LittleEndian as LE,
+    elf::{
+        ELFCLASS64, ELFDATA2LSB, ELFMAG, EM_X86_64, FileHeader64, NT_GNU_BUILD_ID, NoteHeader64, PF_X, PT_GNU_EH_FRAME, PT_LOAD, PT_NOTE,
+        ProgramHeader64, SHF_COMPRESSED, SHT_DYNSYM, SHT_NOBITS, SHT_SYMTAB, SectionHeader64,
+    },
+    pod,
+};
+
+use crate::profile::{FileOffset, Segment, VirtualAddress};
+
+/// Most program headers read; real files have about a dozen.
+const MAX_PROGRAM_HEADERS: usize = 256;
+/// Most bytes of one note segment read.
+const MAX_NOTES: usize = 16 << 10;
+/// Most section headers read.
+const MAX_SECTIONS: usize = 4096;
+/// Most bytes of section names read.
+const MAX_SECTION_NAMES: usize = 256 << 10;
+/// Most bytes of symbol tables that are worth reading: four million symbols. Their index takes a third of it.
+const MAX_SYMBOL_BYTES: u64 = 96 << 20;
+/// Longest build ID kept.
+const MAX_BUILD_ID: usize = 64;
+
+/// What a file's headers say.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct ElfSummary {
+    /// Executable parts.
+    pub(crate) segments: Vec<Segment>,
+    /// GNU build ID.
+    pub(crate) build_id: Option<Box<[u8]>>,
+    /// Whether the symbol tables are of a size worth reading.
+    pub(crate) is_nameable: bool,
+}
+
+/// A part of a file that its section headers name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Section {
+    pub(crate) name: String,
+    /// Stated virtual address; zero for what is not loaded.
+    pub(crate) address: u64,
+    pub(crate) offset: u64,
+    /// Bytes in the file.
+    pub(crate) size: u64,
+    /// Whether its contents are compressed, behind a compression header.
+    pub(crate) is_compressed: bool,
+}
+
+/// Where the unwind tables of a file without section headers are: the index that the program headers name, and
+/// the loaded part of the file around it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct UnwindIndex {
+    /// Stated address of the index.
+    pub(crate) address: u64,
+    /// Where the index is in the file.
+    pub(crate) offset: u64,
+    /// Bytes of the index.
+    pub(crate) size: u64,
+    /// Where the part of the file that holds it ends.
+    pub(crate) part_end: u64,
+}
+
+type Header = FileHeader64<LE>;
+
+/// Reads headers and notes. `None`: not a little-endian 64-bit ELF file, or a broken one.
+pub(crate) fn summarize(file: &File) -> Option<ElfSummary> {
+    let header = header(file)?;
+    let mut summary = ElfSummary {
+        is_nameable: symbol_bytes(&section_headers(file, &header).unwrap_or_default()) <= MAX_SYMBOL_BYTES,
+        ..ElfSummary::default()
+    };
+    for program in program_headers(file, &header)? {
+        match program.p_type.get(LE) {
+            PT_LOAD if program.p_flags.get(LE) & PF_X != 0 => summary.segments.push(Segment {
+                offset: FileOffset(program.p_offset.get(LE)),
+                size: program.p_filesz.get(LE),
+                address: VirtualAddress(program.p_vaddr.get(LE)),
+            }),
+            PT_NOTE if summary.build_id.is_none() => {
+                let size = usize::try_from(program.p_filesz.get(LE)).unwrap_or(usize::MAX).min(MAX_NOTES);
+                summary.build_id = read(file, program.p_offset.get(LE), size).and_then(|notes| build_id(&notes));
+            }
+            _ => {}
+        }
+    }
+    Some(summary)
+}
+
+/// The file's sections that have contents; none where it has no section headers.
+pub(crate) fn sections(file: &File) -> Vec<Section> {
+    let try_sections = || {
+        let header = header(file)?;
+        let headers = section_headers(file, &header)?;
+        let names = headers.get(usize::from(header.e_shstrndx.get(LE)))?;
+        let size = usize::try_from(names.sh_size.get(LE)).unwrap_or(usize::MAX).min(MAX_SECTION_NAMES);
+        let names = read(file, names.sh_offset.get(LE), size)?;
+        let name = |start: u32| {
+            let name = names.get(start as usize..)?.split(|&byte| byte == 0).next()?;
+            std::str::from_utf8(name).ok()
+        };
+        let sections = headers.iter().filter(|section| section.sh_type.get(LE) != SHT_NOBITS).filter_map(|section| {
+            Some(Section {
+                name: name(section.sh_name.get(LE))?.to_owned(),
+                address: section.sh_addr.get(LE),
+                offset: section.sh_offset.get(LE),
+                size: section.sh_size.get(LE),
+                is_compressed: section.sh_flags.get(LE) & u64::from(SHF_COMPRESSED) != 0,
+            })
+        });
+        Some(sections.collect())
+    };
+    try_sections().unwrap_or_default()
+}
+
+/// The unwind index, where the program headers name one.
+pub(crate) fn unwind_index(file: &File) -> Option<UnwindIndex> {
+    let programs = program_headers(file, &header(file)?)?;
+    let index = programs.iter().find(|program| program.p_type.get(LE) == PT_GNU_EH_FRAME)?;
+    let (address, offset) = (index.p_vaddr.get(LE), index.p_offset.get(LE));
+    let part = programs.iter().filter(|program| program.p_type.get(LE) == PT_LOAD).find(|program| {
+        offset.checked_sub(program.p_offset.get(LE)).is_some_and(|inside| inside < program.p_filesz.get(LE))
+    })?;
+    let part_end = part.p_offset.get(LE).checked_add(part.p_filesz.get(LE))?;
+    Some(UnwindIndex { address, offset, size: index.p_filesz.get(LE), part_end })
+}
+
+fn header(file: &File) -> Option<Header> {
+    let bytes = read(file, 0, size_of::<Header>())?;
+    let (header, _) = pod::from_bytes::<Header>(&bytes).ok()?;
+    let ident = &header.e_ident;
+    let is_ours = ident.magic == ELFMAG && ident.class == ELFCLASS64 && ident.data == ELFDATA2LSB;
+    (is_ours && header.e_machine.get(LE) == EM_X86_64).then_some(*header)
+}
+
+fn program_headers(file: &File, header: &Header) -> Option<Vec<ProgramHeader64<LE>>> {
+    let entry = size_of::<ProgramHeader64<LE>>();
+    if usize::from(header.e_phentsize.get(LE)) != entry {
+        return None;
+    }
+    let count = usize::from(header.e_phnum.get(LE)).min(MAX_PROGRAM_HEADERS);
+    let table = read(file, header.e_phoff.get(LE), count * entry)?;
+    Some(pod::slice_from_bytes(&table, count).ok()?.0.to_vec())
+}
+
+fn section_headers(file: &File, header: &Header) -> Option<Vec<SectionHeader64<LE>>> {
+    let entry = size_of::<SectionHeader64<LE>>();
+    let count = usize::from(header.e_shnum.get(LE)).min(MAX_SECTIONS);
+    let table = read(file, header.e_shoff.get(LE), count * entry)?;
+    Some(pod::slice_from_bytes(&table, count).ok()?.0.to_vec())
+}
+
+/// Bytes of all symbol tables, as the section headers state them.
+fn symbol_bytes(sections: &[SectionHeader64<LE>]) -> u64 {
+    sections
+        .iter()
+        .filter(|section| matches!(section.sh_type.get(LE), SHT_SYMTAB | SHT_DYNSYM))
+        .fold(0, |sum, section| sum.saturating_add(section.sh_size.get(LE)))
+}
+
+/// Finds the GNU build ID among notes.
+fn build_id(mut notes: &[u8]) -> Option<Box<[u8]>> {
+    loop {
+        let (header, rest) = pod::from_bytes::<NoteHeader64<LE>>(notes).ok()?;
+        let name_len = header.n_namesz.get(LE) as usize;
+        let content_len = header.n_descsz.get(LE) as usize;
+        let name = rest.get(..name_len)?;
+        let content_start = name_len.checked_next_multiple_of(4)?;
+        let content = rest.get(content_start..content_start.checked_add(content_len)?)?;
+        if name == b"GNU\0" && header.n_type.get(LE) == NT_GNU_BUILD_ID {
+            return (1..=MAX_BUILD_ID).contains(&content.len()).then(|| content.into());
+        }
+        notes = rest.get(content_start.checked_add(content_len.checked_next_multiple_of(4)?)?..)?;
+    }
+}
+
+/// Reads exactly `len` bytes at `offset`; `None` where the file does not hold them. A length that the file
+/// cannot hold is refused before memory is set aside for it.
+pub(crate) fn read(file: &File, offset: u64, len: usize) -> Option<Vec<u8>> {
+    let end = offset.checked_add(u64::try_from(len).ok()?)?;
+    if end > file.metadata().ok()?.len() {
+        return None;
+    }
+    let mut bytes = vec![0; len];
+    file.read_exact_at(&mut bytes, offset).ok()?;
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn note(name: &[u8], kind: u32, content: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for word in [name.len() as u32, content.len() as u32, kind] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        for part in [name, content] {
+            bytes.extend_from_slice(part);
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+        }
+        bytes
+    }
+
+    /// The build ID is found behind other notes.
+    #[test]
+    fn finds_the_build_id() {
+        let mut notes = note(b"GNU\0", 1, &[0; 16]);
+        notes.extend(note(b"GNU\0", NT_GNU_BUILD_ID, &[0xab; 20]));
+        assert_eq!(build_id(&notes).as_deref(), Some(&[0xab; 20][..]));
+    }
+
+    /// Lengths that lie end the search; they neither panic nor loop.
+    #[test]
+    fn survives_lying_notes() {
+        let mut lying = note(b"GNU\0", NT_GNU_BUILD_ID, &[1; 20]);
+        lying[..4].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(build_id(&lying), None);
+        let mut lying = note(b"XYZ\0", 7, &[1; 20]);
+        lying[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(build_id(&lying), None);
+        assert_eq!(build_id(&note(b"GNU\0", NT_GNU_BUILD_ID, &[1; 200])), None);
+    }
+
+    /// This very test binary has executable segments; a text file is no ELF file.
+    #[test]
+    fn reads_a_real_file() {
+        let file = File::open("/proc/self/exe").expect("own executable");
+        let summary = summarize(&file).expect("own executable is ELF");
+        assert!(!summary.segments.is_empty());
+        assert!(sections(&file).iter().any(|section| section.name == ".eh_frame" && section.size > 0));
+        let text = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")).expect("manifest");
+        assert_eq!(summarize(&text), None);
+        assert_eq!(sections(&text), []);
+    }
+}

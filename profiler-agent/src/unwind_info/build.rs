@@ -1,0 +1,263 @@
+//! Builds the unwind table of one executable from everything its file says about its frames.
+//!
+//! In: the file. Out: rows. A file says the same thing in several places: the most trustworthy one that covers
+//! a piece of code wins.
+
+use std::{
+    fs::File,
+    hash::{BuildHasher, Hasher as _},
+    io::Read as _,
+};
+
+use flate2::read::ZlibDecoder;
+use gimli::{BaseAddresses, EhFrameHdr, LittleEndian, Pointer};
+use profiler_common::unwind::rule::{Rule, cfa};
+
+use super::{
+    dwarf::{self, Function},
+    go::GoTable,
+    table::{NO_RULE, Rules, Table, TableWriter, TooLarge},
+};
+use crate::{
+    elf::{self, Section},
+    profile::Executable,
+};
+
+/// Most bytes read of one section with frame information.
+const MAX_SECTION: u64 = 48 << 20;
+/// Gaps between functions up to this many bytes are padding, which never runs.
+const MAX_PADDING: u64 = 16;
+/// Bytes of an entry of the procedure linkage table.
+const PLT_ENTRY: u64 = 16;
+/// Where debug files are kept by build ID.
+const DEBUG_FILES: &str = "/usr/lib/debug/.build-id";
+
+/// What a file says about its frames, read but not understood yet.
+#[derive(Default)]
+pub(super) struct Source {
+    /// Stated addresses of its code: start and end.
+    code: Vec<(u64, u64)>,
+    /// `.eh_frame`, and where it is loaded.
+    eh_frame: Option<(Vec<u8>, u64)>,
+    debug_frame: Option<Vec<u8>>,
+    /// Procedure linkage tables: start, end, and the rule of their entries.
+    linkage: Vec<(u64, u64, Linkage)>,
+    go: Option<GoTable>,
+    /// Stated address of `.text`.
+    text: u64,
+}
+
+/// Kinds of procedure linkage tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Linkage {
+    /// A first entry that calls the resolver, then entries that push a number, from this byte on, and jump there.
+    Lazy { pushed_from: i32 },
+    /// Entries that only jump.
+    Direct,
+}
+
+/// Which source covers a function. What comes first wins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Origin {
+    Go,
+    EhFrame,
+    DebugFrame,
+    Linkage,
+}
+
+impl Source {
+    /// Reads what the file says.
+    pub(super) fn read(executable: &Executable) -> Option<Self> {
+        let file = executable.file()?;
+        let sections = elf::sections(&file);
+        let find = |name: &str| sections.iter().find(|section| section.name == name);
+        let end = |start: u64, size: u64| start.checked_add(size).filter(|&end| end > start);
+        let mut source = Self {
+            code: executable
+                .segments
+                .iter()
+                .filter_map(|segment| Some((segment.address.0, end(segment.address.0, segment.size)?)))
+                .collect(),
+            eh_frame: find(".eh_frame")
+                .and_then(|section| Some((read(&file, section)?, section.address)))
+                .or_else(|| eh_frame_by_index(&file)),
+            debug_frame: find(".debug_frame").and_then(|section| read(&file, section)),
+            text: find(".text").map_or(0, |section| section.address),
+            ..Self::default()
+        };
+        if source.debug_frame.is_none() {
+            source.debug_frame = executable.build_id.as_deref().and_then(separate_debug_frame);
+        }
+        let has_jumps = find(".plt.sec").is_some();
+        for section in &sections {
+            let linkage = match section.name.as_str() {
+                ".plt" => Linkage::Lazy { pushed_from: if has_jumps { 9 } else { 11 } },
+                ".plt.sec" | ".plt.got" | ".iplt" => Linkage::Direct,
+                _ => continue,
+            };
+            if let Some(end) = end(section.address, section.size) {
+                source.linkage.push((section.address, end, linkage));
+            }
+        }
+        source.go = GoTable::find(&file, &sections);
+        Some(source)
+    }
+
+    /// Tells sources apart by their contents: equal ones make equal tables, whatever their files are called and
+    /// whatever build ID they claim.
+    pub(super) fn fingerprint(&self, hasher: &impl BuildHasher) -> u64 {
+        let mut state = hasher.build_hasher();
+        let mut word = |word: u64| state.write_u64(word);
+        for &(start, end) in &self.code {
+            word(start);
+            word(end);
+        }
+        for &(start, end, linkage) in &self.linkage {
+            word(start);
+            word(end);
+            word(match linkage {
+                Linkage::Lazy { pushed_from } => u64::from(pushed_from.unsigned_abs()),
+                Linkage::Direct => 0,
+            });
+        }
+        let (eh_frame, address) = self.eh_frame.as_ref().map_or((&[][..], 0), |(bytes, address)| (&bytes[..], *address));
+        word(address);
+        word(self.text);
+        for bytes in [eh_frame, self.debug_frame.as_deref().unwrap_or_default()] {
+            state.write_usize(bytes.len());
+            state.write(bytes);
+        }
+        if let Some(go) = &self.go {
+            go.fingerprint(&mut state);
+        }
+        state.finish()
+    }
+
+    /// Builds the table. `Ok(None)`: the file says nothing about its frames.
+    pub(super) fn build(mut self, rules: &mut Rules, max_rows: usize) -> Result<Option<Table>, TooLarge> {
+        let (eh_bytes, eh_address) = self.eh_frame.take().unwrap_or_default();
+        let debug_bytes = self.debug_frame.take().unwrap_or_default();
+        let mut eh_frame = dwarf::eh_frame(&eh_bytes, eh_address, self.text);
+        let mut debug_frame = dwarf::debug_frame(&debug_bytes);
+        let mut ranges: Vec<(Function, Origin)> = Vec::new();
+        let mut add = |origin: Origin, functions: Vec<Function>| {
+            let is_code = |function: &Function| {
+                self.code.iter().any(|&(start, end)| start <= function.start && function.end <= end)
+            };
+            ranges.extend(functions.into_iter().filter(is_code).map(|function| (function, origin)));
+        };
+        add(Origin::EhFrame, eh_frame.functions());
+        add(Origin::DebugFrame, debug_frame.functions());
+        add(Origin::Go, self.go.as_mut().map(GoTable::functions).unwrap_or_default());
+        let linkage = self.linkage.iter().enumerate();
+        add(Origin::Linkage, linkage.map(|(entry, &(start, end, _))| Function { start, end, entry }).collect());
+        if ranges.is_empty() {
+            return Ok(None);
+        }
+        ranges.sort_unstable_by_key(|&(function, origin)| (function.start, origin, function.end));
+
+        let start = ranges.first().map_or(0, |(function, _)| function.start);
+        let end = ranges.iter().map(|(function, _)| function.end).max().unwrap_or(start);
+        let mut writer = TableWriter::new(start, end, max_rows)?;
+        let mut covered = start;
+        let mut last = (Rule::default(), NO_RULE);
+        for (function, origin) in ranges {
+            let begin = function.start.max(covered);
+            if begin >= function.end {
+                continue;
+            }
+            if begin - covered > MAX_PADDING {
+                writer.push(covered, NO_RULE)?;
+            }
+            let mut outcome = Ok(());
+            let mut row = |address: u64, rule: Rule| {
+                if last.0 != rule || last.1 == NO_RULE {
+                    last = (rule, rules.number(rule));
+                }
+                if address < function.end && outcome.is_ok() {
+                    outcome = writer.push(address.max(begin), last.1);
+                }
+            };
+            let understood = match origin {
+                Origin::EhFrame => eh_frame.rows(function, &mut row),
+                Origin::DebugFrame => debug_frame.rows(function, &mut row),
+                Origin::Go => self.go.as_mut().map_or(Ok(()), |go| go.rows(function, &mut row)),
+                Origin::Linkage => {
+                    linkage_rows(function, self.linkage.get(function.entry).map(|entry| entry.2), &mut row);
+                    Ok(())
+                }
+            };
+            outcome?;
+            if let Err(address) = understood {
+                writer.push(address.clamp(begin, function.end - 1), rules.number(Rule::plain(cfa::UNSUPPORTED)))?;
+            }
+            covered = function.end;
+        }
+        writer.push(covered, NO_RULE)?;
+        Ok(Some(writer.finish()))
+    }
+}
+
+/// The rows of a procedure linkage table: what its instructions do to the stack pointer.
+fn linkage_rows(table: Function, kind: Option<Linkage>, mut row: impl FnMut(u64, Rule)) {
+    let stack_pointer = |offset| Rule { cfa_offset: offset, ..Rule::plain(cfa::STACK_POINTER) };
+    match kind {
+        Some(Linkage::Lazy { pushed_from }) => {
+            // The first entry is reached with a number pushed, and pushes once more with its first instruction,
+            // which has 6 bytes.
+            row(table.start, stack_pointer(16));
+            row(table.start + 6, stack_pointer(24));
+            row(table.start + PLT_ENTRY, Rule { cfa_offset: pushed_from, ..Rule::plain(cfa::PLT_ENTRY) });
+        }
+        Some(Linkage::Direct) => row(table.start, stack_pointer(8)),
+        None => {}
+    }
+}
+
+/// Reads a section, decompressed.
+fn read(file: &File, section: &Section) -> Option<Vec<u8>> {
+    /// Bytes of the header before compressed contents: type, reserved, size, alignment (`Elf64_Chdr`).
+    const COMPRESSION_HEADER: usize = 24;
+    const ZLIB: [u8; 4] = [1, 0, 0, 0];
+    if section.size > MAX_SECTION {
+        return None;
+    }
+    let bytes = elf::read(file, section.offset, usize::try_from(section.size).ok()?)?;
+    if !section.is_compressed {
+        return Some(bytes);
+    }
+    let (header, contents) = bytes.split_at_checked(COMPRESSION_HEADER)?;
+    if header.get(..4)? != ZLIB {
+        return None;
+    }
+    let mut decompressed = Vec::new();
+    ZlibDecoder::new(contents).take(MAX_SECTION).read_to_end(&mut decompressed).ok()?;
+    Some(decompressed)
+}
+
+/// `.eh_frame` of a file without section headers, found through the index that the program headers name.
+fn eh_frame_by_index(file: &File) -> Option<(Vec<u8>, u64)> {
+    /// The index's own header: version, three encodings, pointer and count.
+    const HEADER: u64 = 64;
+    let index = elf::unwind_index(file)?;
+    let header = elf::read(file, index.offset, usize::try_from(index.size.min(HEADER)).ok()?)?;
+    let bases = BaseAddresses::default().set_eh_frame_hdr(index.address);
+    let parsed = EhFrameHdr::new(&header, LittleEndian).parse(&bases, 8).ok()?;
+    let Pointer::Direct(address) = parsed.eh_frame_ptr() else { return None };
+    // Both lie in the same loaded part.
+    let offset = index.offset.wrapping_add(address.wrapping_sub(index.address));
+    let size = index.part_end.checked_sub(offset)?.min(MAX_SECTION);
+    Some((elf::read(file, offset, usize::try_from(size).ok()?)?, address))
+}
+
+/// `.debug_frame` of the debug file that was split off the executable with this build ID.
+fn separate_debug_frame(build_id: &[u8]) -> Option<Vec<u8>> {
+    let (first, rest) = build_id.split_first()?;
+    let rest: String = rest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let file = File::open(format!("{DEBUG_FILES}/{first:02x}/{rest}.debug")).ok()?;
+    if elf::summarize(&file)?.build_id.as_deref() != Some(build_id) {
+        return None;
+    }
+    let sections = elf::sections(&file);
+    read(&file, sections.iter().find(|section| section.name == ".debug_frame")?)
+}

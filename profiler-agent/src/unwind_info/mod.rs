@@ -1,0 +1,199 @@
+//! Unwind tables: how the kernel program finds callers in code without frame pointers.
+//!
+//! In: executables whose tables samples have missed. Out: tables in the kernel's maps. Building takes up to a
+//! fraction of a second of CPU time, so it has a thread of its own, which starts with what most samples miss.
+
+mod build;
+mod dwarf;
+mod go;
+mod store;
+mod table;
+
+use std::{
+    collections::HashMap,
+    hash::RandomState,
+    io,
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use profiler_common::abi::tables::TableState;
+use tracing::{debug, warn};
+
+use self::{build::Source, store::Store, table::Rules};
+pub use self::store::{StoreStats, TableMaps};
+use crate::profile::Executable;
+
+/// Kernel memory for rows unless the operator says otherwise: some 16 million rows.
+pub const DEFAULT_TABLE_BYTES: usize = 64 << 20;
+/// How long the thread sleeps without being asked for anything.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// Sizes and events, for metrics.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TableBuilderStats {
+    /// What is in place.
+    pub store: StoreStats,
+    /// Tables built.
+    pub built: u64,
+    /// Rows built.
+    pub rows_built: u64,
+    /// Requests answered with a table of equal contents.
+    pub shared: u64,
+    /// Executables that say nothing about their frames.
+    pub empty: u64,
+    /// Time spent building, nanoseconds.
+    pub build_time_ns: u64,
+    /// Different rules.
+    pub rules: usize,
+}
+
+/// What the thread was asked for and has not begun yet. An executable is in one of both at most.
+#[derive(Default)]
+struct Inbox {
+    wanted: HashMap<u32, Arc<Executable>>,
+    forgotten: Vec<u32>,
+    stopped: bool,
+    stats: TableBuilderStats,
+}
+
+type Shared = Arc<(Mutex<Inbox>, Condvar)>;
+
+/// The thread that builds tables.
+pub struct TableBuilder {
+    inbox: Shared,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl TableBuilder {
+    /// Starts the thread. Rows take at most `budget` bytes of kernel memory.
+    pub fn start(maps: impl TableMaps + Send + 'static, budget: usize) -> io::Result<Self> {
+        let inbox = Shared::default();
+        let worker = Worker {
+            inbox: Arc::clone(&inbox),
+            store: Store::new(maps, budget),
+            rules: Rules::default(),
+            hasher: RandomState::new(),
+            stats: TableBuilderStats::default(),
+        };
+        let thread = thread::Builder::new().name("tables".to_owned()).spawn(move || worker.run())?;
+        Ok(Self { inbox, thread: Some(thread) })
+    }
+
+    /// Asks for the table of an executable. There are no more requests than executables, so they are not
+    /// limited here.
+    pub fn want(&self, executable: Arc<Executable>) {
+        let (inbox, wake) = &*self.inbox;
+        inbox.lock().unwrap_or_else(PoisonError::into_inner).wanted.insert(executable.table, executable);
+        wake.notify_one();
+    }
+
+    /// Says that nothing maps an executable any more, and its number may be used for another.
+    pub fn forget(&self, table: u32) {
+        let (inbox, wake) = &*self.inbox;
+        let mut inbox = inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        inbox.wanted.remove(&table);
+        inbox.forgotten.push(table);
+        wake.notify_one();
+    }
+
+    /// Sizes and events so far.
+    pub fn stats(&self) -> TableBuilderStats {
+        self.inbox.0.lock().unwrap_or_else(PoisonError::into_inner).stats
+    }
+}
+
+impl Drop for TableBuilder {
+    fn drop(&mut self) {
+        let (inbox, wake) = &*self.inbox;
+        inbox.lock().unwrap_or_else(PoisonError::into_inner).stopped = true;
+        wake.notify_one();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            warn!("the thread that builds unwind tables panicked");
+        }
+    }
+}
+
+/// What the thread owns.
+struct Worker<M> {
+    inbox: Shared,
+    store: Store<M>,
+    rules: Rules,
+    hasher: RandomState,
+    stats: TableBuilderStats,
+}
+
+impl<M: TableMaps> Worker<M> {
+    fn run(mut self) {
+        while let Some((forgotten, wanted)) = self.next() {
+            let outcome = self.work(&forgotten, wanted.as_deref());
+            if let Err(error) = outcome {
+                warn!("an unwind table could not be put in place: {error}");
+            }
+        }
+    }
+
+    /// Waits for something to do; `None`: stop.
+    fn next(&mut self) -> Option<(Vec<u32>, Option<Arc<Executable>>)> {
+        let shared = Arc::clone(&self.inbox);
+        let (inbox, wake) = &*shared;
+        let mut inbox = inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        self.stats.store = self.store.stats();
+        self.stats.rules = self.rules.all().len();
+        inbox.stats = self.stats;
+        if inbox.wanted.is_empty() && inbox.forgotten.is_empty() && !inbox.stopped {
+            inbox = wake.wait_timeout(inbox, IDLE).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if inbox.stopped {
+            return None;
+        }
+        let first = self.store.most_missed(inbox.wanted.keys().copied());
+        let wanted = first.and_then(|first| inbox.wanted.remove(&first));
+        Some((std::mem::take(&mut inbox.forgotten), wanted))
+    }
+
+    fn work(&mut self, forgotten: &[u32], wanted: Option<&Executable>) -> io::Result<()> {
+        for &executable in forgotten {
+            self.store.forget(executable)?;
+        }
+        self.store.look()?;
+        let Some(executable) = wanted else { return Ok(()) };
+        let started = Instant::now();
+        let Some(source) = Source::read(executable) else {
+            self.stats.empty += 1;
+            return self.store.set_state(executable.table, TableState::None);
+        };
+        let fingerprint = source.fingerprint(&self.hasher);
+        if self.store.share(fingerprint, executable.table)? {
+            self.stats.shared += 1;
+            return Ok(());
+        }
+        let built = source.build(&mut self.rules, self.store.max_rows());
+        self.stats.build_time_ns += u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        match built {
+            Ok(Some(table)) => {
+                self.stats.built += 1;
+                self.stats.rows_built += table.rows.len() as u64;
+                debug!(
+                    "unwind table of {}: {} rows in {} pages, {:?}",
+                    executable.path,
+                    table.rows.len(),
+                    table.page_ends.len(),
+                    started.elapsed()
+                );
+                self.store.insert(fingerprint, executable.table, &table, self.rules.all())
+            }
+            Ok(None) => {
+                self.stats.empty += 1;
+                self.store.set_state(executable.table, TableState::None)
+            }
+            Err(reason) => {
+                debug!("no unwind table of {}: too many {reason:?}", executable.path);
+                self.store.set_state(executable.table, TableState::OverBudget)
+            }
+        }
+    }
+}

@@ -1,0 +1,354 @@
+//! Which tables are in the kernel's maps, within the budget.
+//!
+//! In: finished tables. Out: writes to the maps, in an order that never lets a running program see a part of a
+//! change. What was used least lately makes room for what is needed now.
+
+use std::{
+    collections::HashMap,
+    io,
+    time::{Duration, Instant},
+};
+
+use profiler_common::{
+    abi::tables::{CHUNK_ROWS, ExecutableTable, MAX_CHUNKS, MAX_PAGES, Page, Row, TableState},
+    unwind::rule::Rule,
+};
+
+use super::table::Table;
+use crate::ranges::{FreeRanges, Range};
+
+/// How often it is looked up which tables are in use. What was in use since is not evicted.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// The kernel's maps of tables.
+pub trait TableMaps {
+    /// Sets rules from number `first` on.
+    fn set_rules(&mut self, first: u32, rules: &[Rule]) -> io::Result<()>;
+    /// Sets pages from index `first` on.
+    fn set_pages(&mut self, first: u32, pages: &[Page]) -> io::Result<()>;
+    /// Makes an empty chunk, and returns when programs can see it.
+    fn add_chunk(&mut self, chunk: u16) -> io::Result<()>;
+    /// Frees a chunk.
+    fn remove_chunk(&mut self, chunk: u16) -> io::Result<()>;
+    /// Sets rows of a chunk from index `first` on.
+    fn set_rows(&mut self, chunk: u16, first: u16, rows: &[Row]) -> io::Result<()>;
+    /// What is known about an executable, with the marks that programs made.
+    fn executable(&self, number: u32) -> io::Result<ExecutableTable>;
+    /// Sets what is known about an executable.
+    fn set_executable(&mut self, number: u32, table: ExecutableTable) -> io::Result<()>;
+    /// Returns when no program uses any more what it saw before the call.
+    fn wait_for_programs(&mut self) -> io::Result<()>;
+}
+
+/// Sizes and events, for metrics.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StoreStats {
+    /// Tables in place.
+    pub tables: usize,
+    /// Rows in place.
+    pub rows: usize,
+    /// Bytes of kernel memory that rows take, in whole chunks.
+    pub bytes: usize,
+    /// Tables that made room for others.
+    pub evicted: u64,
+    /// Tables that found no room.
+    pub over_budget: u64,
+}
+
+/// A table in place.
+struct Placed {
+    /// Executables that share it.
+    users: Vec<u32>,
+    /// What programs need to find it.
+    entry: ExecutableTable,
+    pages: Range,
+    /// Rows, by chunk.
+    rows: Vec<(u16, Range)>,
+    row_count: usize,
+    last_used: Instant,
+}
+
+/// Every table in place, and what is free.
+pub(super) struct Store<M> {
+    maps: M,
+    /// By fingerprint of their source.
+    tables: HashMap<u64, Placed>,
+    /// Free rows of each chunk that exists.
+    chunks: Vec<Option<FreeRanges>>,
+    pages: FreeRanges,
+    rules: usize,
+    max_chunks: usize,
+    /// Executables that found no room.
+    refused: Vec<u32>,
+    looked: Instant,
+    stats: StoreStats,
+}
+
+impl<M: TableMaps> Store<M> {
+    /// An empty store for at most `budget` bytes of rows.
+    pub(super) fn new(maps: M, budget: usize) -> Self {
+        let max_chunks = (budget / (CHUNK_ROWS * size_of::<Row>())).clamp(1, MAX_CHUNKS);
+        Self {
+            maps,
+            tables: HashMap::new(),
+            chunks: Vec::new(),
+            pages: FreeRanges::new(MAX_PAGES as u32),
+            rules: 0,
+            max_chunks,
+            refused: Vec::new(),
+            looked: Instant::now(),
+            stats: StoreStats::default(),
+        }
+    }
+
+    /// The most rows a table can have.
+    pub(super) fn max_rows(&self) -> usize {
+        self.max_chunks * CHUNK_ROWS
+    }
+
+    pub(super) fn stats(&self) -> StoreStats {
+        let chunks = self.chunks.iter().flatten().count();
+        StoreStats {
+            tables: self.tables.len(),
+            rows: self.tables.values().map(|table| table.row_count).sum(),
+            bytes: chunks * CHUNK_ROWS * size_of::<Row>(),
+            ..self.stats
+        }
+    }
+
+    /// Of some executables the one whose table most samples missed.
+    pub(super) fn most_missed(&self, executables: impl Iterator<Item = u32>) -> Option<u32> {
+        executables.max_by_key(|&executable| self.maps.executable(executable).map_or(0, |entry| entry.missed))
+    }
+
+    /// Uses the table of an equal source for another executable. False: there is none.
+    pub(super) fn share(&mut self, fingerprint: u64, executable: u32) -> io::Result<bool> {
+        let Some(placed) = self.tables.get_mut(&fingerprint) else { return Ok(false) };
+        publish(&mut self.maps, executable, placed.entry)?;
+        if !placed.users.contains(&executable) {
+            placed.users.push(executable);
+        }
+        Ok(true)
+    }
+
+    /// Notes that there is nothing to make a table from.
+    pub(super) fn set_state(&mut self, executable: u32, state: TableState) -> io::Result<()> {
+        if state == TableState::OverBudget {
+            self.stats.over_budget += 1;
+            self.refused.push(executable);
+        }
+        self.maps.set_executable(executable, ExecutableTable { state: state as u32, ..ExecutableTable::default() })
+    }
+
+    /// Puts a table in place for an executable; `rules` are all there are, in the order of their numbers.
+    pub(super) fn insert(&mut self, fingerprint: u64, executable: u32, table: &Table, rules: &[Rule]) -> io::Result<()> {
+        if let Some(new) = rules.get(self.rules..)
+            && !new.is_empty()
+        {
+            self.maps.set_rules(self.rules as u32, new)?;
+            self.rules = rules.len();
+        }
+        let page_count = table.page_ends.len() as u32;
+        let Some((pages, rows, entries)) = self.make_place(page_count, table)? else {
+            return self.set_state(executable, TableState::OverBudget);
+        };
+        for ((chunk, range), part) in rows.iter().zip(parts(table, &rows)) {
+            self.maps.set_rows(*chunk, range.first as u16, part)?;
+        }
+        self.maps.set_pages(pages.first, &entries)?;
+        let entry = ExecutableTable {
+            state: TableState::Ready as u32,
+            base: table.base,
+            first_page: pages.first,
+            pages: page_count,
+            used: 1,
+            missed: 0,
+        };
+        publish(&mut self.maps, executable, entry)?;
+        let placed = Placed {
+            users: vec![executable],
+            entry,
+            pages,
+            rows,
+            row_count: table.rows.len(),
+            last_used: Instant::now(),
+        };
+        self.tables.insert(fingerprint, placed);
+        Ok(())
+    }
+
+    /// Forgets an executable: nothing maps it any more. The last user's table is freed.
+    pub(super) fn forget(&mut self, executable: u32) -> io::Result<()> {
+        self.refused.retain(|&refused| refused != executable);
+        self.maps.set_executable(executable, ExecutableTable::default())?;
+        let unused: Vec<u64> = self
+            .tables
+            .iter_mut()
+            .filter_map(|(fingerprint, placed)| {
+                placed.users.retain(|&user| user != executable);
+                placed.users.is_empty().then_some(*fingerprint)
+            })
+            .collect();
+        if !unused.is_empty() {
+            self.maps.wait_for_programs()?;
+        }
+        for fingerprint in unused {
+            self.free(fingerprint)?;
+        }
+        Ok(())
+    }
+
+    /// Looks up, once in a while, which tables are in use; those that found no room may ask again.
+    pub(super) fn look(&mut self) -> io::Result<()> {
+        if self.looked.elapsed() < LOOK_EVERY {
+            return Ok(());
+        }
+        self.looked = Instant::now();
+        for placed in self.tables.values_mut() {
+            for &user in &placed.users {
+                let entry = self.maps.executable(user)?;
+                if entry.used != 0 {
+                    placed.last_used = self.looked;
+                    self.maps.set_executable(user, ExecutableTable { used: 0, ..entry })?;
+                }
+            }
+        }
+        for executable in std::mem::take(&mut self.refused) {
+            self.maps.set_executable(executable, ExecutableTable::default())?;
+        }
+        Ok(())
+    }
+
+    /// Finds room for a table, evicting others if need be; `None` where that does not help.
+    #[expect(clippy::type_complexity, reason = "three results of one search")]
+    fn make_place(&mut self, page_count: u32, table: &Table) -> io::Result<Option<(Range, Vec<(u16, Range)>, Vec<Page>)>> {
+        loop {
+            if let Some(pages) = self.pages.allocate(page_count, page_count) {
+                if let Some((rows, entries)) = self.place_rows(table)? {
+                    return Ok(Some((pages, rows, entries)));
+                }
+                self.pages.free(pages);
+            }
+            let idle = self
+                .tables
+                .iter()
+                .filter(|(_, placed)| placed.last_used < self.looked)
+                .min_by_key(|(_, placed)| placed.last_used)
+                .map(|(fingerprint, _)| *fingerprint);
+            let Some(idle) = idle else { return Ok(None) };
+            self.stats.evicted += 1;
+            for user in self.tables.get(&idle).map(|placed| placed.users.clone()).unwrap_or_default() {
+                self.maps.set_executable(user, ExecutableTable::default())?;
+            }
+            self.maps.wait_for_programs()?;
+            self.free(idle)?;
+        }
+    }
+
+    /// Allocates rows for every page: the rows of a page lie together in one chunk.
+    fn place_rows(&mut self, table: &Table) -> io::Result<Option<(Vec<(u16, Range)>, Vec<Page>)>> {
+        let mut left = table.rows.len() as u32;
+        let mut placed: Vec<(u16, Range)> = Vec::new();
+        let mut entries = Vec::with_capacity(table.page_ends.len());
+        // Room left in the range that was allocated last.
+        let mut room = 0;
+        for page in table.pages() {
+            let rows = page.len() as u32;
+            if rows == 0 {
+                entries.push(Page::default());
+                continue;
+            }
+            if room < rows {
+                if let Some((chunk, last)) = placed.last_mut() {
+                    self.give_back(*chunk, Range { first: last.first + last.len - room, len: room });
+                    last.len -= room;
+                }
+                let Some((chunk, range)) = self.allocate_rows(rows, left)? else {
+                    for (chunk, range) in placed {
+                        self.give_back(chunk, range);
+                    }
+                    self.remove_empty_chunks()?;
+                    return Ok(None);
+                };
+                room = range.len;
+                placed.push((chunk, range));
+            }
+            let Some((chunk, last)) = placed.last() else { return Ok(None) };
+            let first = last.first + last.len - room;
+            // SANITY: chunks have 2^16 rows, so the index of one fits.
+            entries.push(Page { chunk: *chunk, first: first as u16, rows });
+            room -= rows;
+            left -= rows;
+        }
+        if let Some((chunk, last)) = placed.last_mut() {
+            last.len -= room;
+            let unused = Range { first: last.first + last.len, len: room };
+            let chunk = *chunk;
+            self.give_back(chunk, unused);
+        }
+        Ok(Some((placed, entries)))
+    }
+
+    fn allocate_rows(&mut self, min: u32, max: u32) -> io::Result<Option<(u16, Range)>> {
+        for (number, chunk) in self.chunks.iter_mut().enumerate() {
+            if let Some(range) = chunk.as_mut().and_then(|chunk| chunk.allocate(min, max)) {
+                return Ok(Some((number as u16, range)));
+            }
+        }
+        let vacant = self.chunks.iter().position(Option::is_none).unwrap_or(self.chunks.len());
+        if vacant >= self.max_chunks {
+            return Ok(None);
+        }
+        self.maps.add_chunk(vacant as u16)?;
+        let mut chunk = FreeRanges::new(CHUNK_ROWS as u32);
+        let range = chunk.allocate(min, max);
+        if vacant == self.chunks.len() {
+            self.chunks.push(None);
+        }
+        if let Some(slot) = self.chunks.get_mut(vacant) {
+            *slot = Some(chunk);
+        }
+        Ok(range.map(|range| (vacant as u16, range)))
+    }
+
+    fn give_back(&mut self, chunk: u16, range: Range) {
+        if let Some(Some(chunk)) = self.chunks.get_mut(usize::from(chunk)) {
+            chunk.free(range);
+        }
+    }
+
+    /// Gives back what a table takes. No program may be able to find it any more.
+    fn free(&mut self, fingerprint: u64) -> io::Result<()> {
+        let Some(placed) = self.tables.remove(&fingerprint) else { return Ok(()) };
+        self.pages.free(placed.pages);
+        for (chunk, range) in placed.rows {
+            self.give_back(chunk, range);
+        }
+        self.remove_empty_chunks()
+    }
+
+    fn remove_empty_chunks(&mut self) -> io::Result<()> {
+        for (number, chunk) in self.chunks.iter_mut().enumerate() {
+            if chunk.as_ref().is_some_and(|free| free.available() == CHUNK_ROWS as u32) {
+                *chunk = None;
+                self.maps.remove_chunk(number as u16)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes a table known to programs: they must not see its state before the rest.
+fn publish(maps: &mut impl TableMaps, executable: u32, entry: ExecutableTable) -> io::Result<()> {
+    maps.set_executable(executable, ExecutableTable { state: TableState::Requested as u32, ..entry })?;
+    maps.set_executable(executable, entry)
+}
+
+/// The rows of a table, cut as they were placed.
+fn parts<'a>(table: &'a Table, placed: &'a [(u16, Range)]) -> impl Iterator<Item = &'a [Row]> {
+    placed.iter().scan(0usize, |start, (_, range)| {
+        let part = table.rows.get(*start..*start + range.len as usize).unwrap_or_default();
+        *start += range.len as usize;
+        Some(part)
+    })
+}
