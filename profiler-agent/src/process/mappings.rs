@@ -95,10 +95,16 @@ impl Mappings {
         let mut records: Vec<MappingRecord> = Vec::with_capacity(self.0.len());
         for mapping in &self.0 {
             let (bias, executable) = match &mapping.backing {
-                Backing::File(file) => match file.0.virtual_address(FileOffset(mapping.file_offset)) {
-                    Some(address) => (mapping.start.wrapping_sub(address.0), file.0.table),
-                    None => (0, 0),
-                },
+                Backing::File(file) => {
+                    let size = mapping.end - mapping.start;
+                    match file.0.stated_minus_offset(FileOffset(mapping.file_offset), size) {
+                        // Address minus place in the file, minus stated address minus place in the file.
+                        Some(shift) => {
+                            (mapping.start.wrapping_sub(mapping.file_offset).wrapping_sub(shift), file.0.table)
+                        }
+                        None => (0, 0),
+                    }
+                }
                 Backing::Anonymous => (0, 0),
             };
             match records.last_mut() {
@@ -127,15 +133,19 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::profile::{Executable, ExecutableId};
+    use crate::profile::{Executable, ExecutableId, Segment, VirtualAddress};
 
     fn file(id: u32) -> Backing {
+        file_with(id, Vec::new())
+    }
+
+    fn file_with(id: u32, segments: Vec<Segment>) -> Backing {
         Backing::File(Arc::new(MappedFile(Arc::new(Executable {
             id: ExecutableId(id),
             table: id,
             path: format!("/{id}"),
             build_id: None,
-            segments: Box::default(),
+            segments: segments.into(),
             is_nameable: true,
             file: Mutex::new(None),
         }))))
@@ -160,6 +170,24 @@ mod tests {
         check(&mappings, 0x1fff, Some((1, 0xfff)));
         check(&mappings, 0x2000, None);
         check(&mappings, 0x3010, Some((2, 0x810)));
+    }
+
+    /// The kernel programs subtract the bias to get the address that the file states, also where the mapping's first
+    /// page begins before the segment, and see adjoining mappings of one file as one.
+    #[test]
+    fn records_lead_to_stated_addresses() {
+        let segment = Segment { offset: FileOffset(0x1234), size: 0x5000, address: VirtualAddress(0x40_3234) };
+        let mut mappings = Mappings::default();
+        let backing = file_with(1, vec![segment]);
+        mappings.insert(Mapping { start: 0x7000, end: 0x8000, file_offset: 0x1000, backing: backing.clone() });
+        mappings.insert(Mapping { start: 0x8000, end: 0xc000, file_offset: 0x2000, backing });
+        mappings.insert(Mapping { start: 0xd000, end: 0xe000, file_offset: 0, backing: Backing::Anonymous });
+        let records = mappings.records();
+        assert_eq!(records.iter().map(|record| (record.start, record.end, record.executable)).collect::<Vec<_>>(), [
+            (0x7000, 0xc000, 1),
+            (0xd000, 0xe000, 0)
+        ]);
+        assert_eq!(0x7234u64.wrapping_sub(records[0].bias), 0x40_3234);
     }
 
     /// A new mapping replaces what it covers and leaves the rest at its right offsets.

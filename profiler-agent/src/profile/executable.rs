@@ -73,6 +73,17 @@ impl Executable {
             .find(|segment| address.checked_sub(segment.address.0).is_some_and(|inside| inside < segment.size))
     }
 
+    /// Stated address minus place in the file, modulo 2^64, of the code in a mapping that begins at `offset` and has
+    /// `size` bytes. Mappings are made of whole pages, so one may begin before its segment does.
+    pub fn stated_minus_offset(&self, offset: FileOffset, size: u64) -> Option<u64> {
+        let end = offset.0.saturating_add(size);
+        let segment = self
+            .segments
+            .iter()
+            .find(|segment| segment.offset.0 < end && offset.0 < segment.offset.0.saturating_add(segment.size))?;
+        Some(segment.address.0.wrapping_sub(segment.offset.0))
+    }
+
     /// The address that the file states for `offset`.
     pub fn virtual_address(&self, offset: FileOffset) -> Option<VirtualAddress> {
         let segment = self.segment(offset)?;

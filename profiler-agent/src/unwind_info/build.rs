@@ -174,8 +174,11 @@ impl Source {
                 if last.0 != rule || last.1 == NO_RULE {
                     last = (rule, rules.number(rule));
                 }
+                // The return address of a signal handler is the first byte of its trampoline, and is looked up one
+                // byte earlier.
+                let early = u64::from(rule.cfa == cfa::SIGNAL_FRAME);
                 if address < function.end && outcome.is_ok() {
-                    outcome = writer.push(address.max(begin), last.1);
+                    outcome = writer.push(address.max(begin) - early, last.1);
                 }
             };
             let understood = match origin {

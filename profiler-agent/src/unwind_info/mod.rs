@@ -72,7 +72,7 @@ impl TableBuilder {
         let inbox = Shared::default();
         let worker = Worker {
             inbox: Arc::clone(&inbox),
-            store: Store::new(maps, budget),
+            store: Store::new(maps, budget)?,
             rules: Rules::default(),
             hasher: RandomState::new(),
             stats: TableBuilderStats::default(),

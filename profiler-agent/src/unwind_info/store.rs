@@ -86,9 +86,10 @@ pub(super) struct Store<M> {
 
 impl<M: TableMaps> Store<M> {
     /// An empty store for at most `budget` bytes of rows.
-    pub(super) fn new(maps: M, budget: usize) -> Self {
+    pub(super) fn new(mut maps: M, budget: usize) -> io::Result<Self> {
+        maps.set_executable(0, ExecutableTable { state: TableState::None as u32, ..ExecutableTable::default() })?;
         let max_chunks = (budget / (CHUNK_ROWS * size_of::<Row>())).clamp(1, MAX_CHUNKS);
-        Self {
+        Ok(Self {
             maps,
             tables: HashMap::new(),
             chunks: Vec::new(),
@@ -98,7 +99,7 @@ impl<M: TableMaps> Store<M> {
             refused: Vec::new(),
             looked: Instant::now(),
             stats: StoreStats::default(),
-        }
+        })
     }
 
     /// The most rows a table can have.

@@ -103,11 +103,9 @@ impl TableWriter {
         if rule == self.current {
             return Ok(());
         }
-        let Some(page) = (address >> PAGE_SHIFT).checked_sub(u64::from(self.table.base)) else {
-            return Ok(());
-        };
+        let address = address.max(u64::from(self.table.base) << PAGE_SHIFT);
         // SANITY: `new` limits the span to MAX_PAGES, and callers stay within it.
-        let page = usize::try_from(page).unwrap_or(usize::MAX).min(MAX_PAGES);
+        let page = ((address >> PAGE_SHIFT) - u64::from(self.table.base)).min(MAX_PAGES as u64) as usize;
         self.reach_page(page);
         let place = (address & 0xffff) as u16;
         self.current = rule;

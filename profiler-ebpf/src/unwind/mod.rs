@@ -76,8 +76,7 @@ fn advance(scratch: &mut Scratch) -> bool {
         scratch.sample.header.user_end = StackEnd::DepthLimit as u8;
         return false;
     }
-    // Readers take every frame but the leaf for a return address, and look it up one byte earlier. What a
-    // signal interrupted is none, so it is recorded one byte later.
+    // See `native::leave_signal_handler`.
     let is_interrupted = (scratch.is_leaf | scratch.is_return) ^ 1;
     let recorded = scratch.registers.pc + u64::from(is_interrupted);
     scratch.sample.frames[(index & (LARGE_FRAMES as u64 - 1)) as usize] = recorded;

@@ -6,7 +6,7 @@ use core::ptr::{read_volatile, write_volatile};
 
 use profiler_common::{
     abi::{
-        sample::StackEnd,
+        sample::{LARGE_FRAMES, StackEnd},
         tables::{CHUNK_ROWS, ExecutableTable, MAPPING_SEARCH_STEPS, MappingRecord, PAGE_SHIFT, Page, Row, TableState},
     },
     unwind::{
@@ -20,7 +20,7 @@ use super::Scratch;
 use crate::{
     lifecycle,
     maps::{CHUNKS, EXECUTABLES, MAPPINGS, PAGES, RULES},
-    memory::UserMemory,
+    memory::{UserMemory, opaque},
 };
 
 /// The mapping that the last frame was in, and its table: the next frame is likely in the same.
@@ -55,8 +55,22 @@ pub fn caller(scratch: &mut Scratch) -> Result<Registers, StackEnd> {
     }
     let leaf = if scratch.is_leaf == 1 { Some(&scratch.user_registers) } else { None };
     let caller = step(rule, &scratch.registers, leaf, &mut UserMemory)?;
-    scratch.is_return = u8::from(rule.cfa != cfa::SIGNAL_FRAME);
+    scratch.is_return = 1;
+    if rule.cfa == cfa::SIGNAL_FRAME {
+        leave_signal_handler(scratch);
+    }
     Ok(caller)
+}
+
+/// Neither what a signal interrupted nor the trampoline that its handler returns to is at a return address. Readers
+/// take every frame but the leaf for one, and look it up one byte earlier: so these are recorded one byte later.
+#[inline(always)]
+fn leave_signal_handler(scratch: &mut Scratch) {
+    scratch.is_return = 0;
+    let trampoline = opaque(scratch.frames).wrapping_sub(1);
+    if scratch.is_leaf == 0 && trampoline < LARGE_FRAMES as u64 {
+        scratch.sample.frames[trampoline as usize & (LARGE_FRAMES - 1)] = scratch.registers.pc + 1;
+    }
 }
 
 /// Finds the caller of a frame that no table covers, by its frame pointer. The caller found has to look like
@@ -66,7 +80,7 @@ fn uncovered_caller(scratch: &mut Scratch, rule: &Rule) -> Result<Registers, Sta
     if let Some(code) = UserMemory.read_word(scratch.registers.pc)
         && is_signal_trampoline(code)
     {
-        scratch.is_return = 0;
+        leave_signal_handler(scratch);
         return step(&Rule::plain(cfa::SIGNAL_FRAME), &scratch.registers, None, &mut UserMemory);
     }
     let caller = step(rule, &scratch.registers, None, &mut UserMemory)?;
