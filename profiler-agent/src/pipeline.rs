@@ -34,7 +34,7 @@ use tracing::{error, warn};
 
 use crate::{
     aggregate::Window,
-    kernel::{DebugLog, Kernel, KernelError, KernelMappings, Ring},
+    kernel::{DebugLog, Kernel, KernelError, KernelMappings, MmapEvents, Ring},
     process::{ProcessTable, Published},
     profile::{LocatedSample, Profile, RawSample},
     status::Stats,
@@ -145,6 +145,14 @@ impl Pipeline {
     }
 }
 
+/// What the collector waits for.
+struct Sources {
+    notices: AsyncFd<Ring>,
+    mmaps: AsyncFd<MmapEvents>,
+    overflow: AsyncFd<Ring>,
+    log: Option<AsyncFd<DebugLog>>,
+}
+
 /// The first stage: owns the kernel side and the process table.
 struct Collector {
     kernel: Kernel,
@@ -170,15 +178,17 @@ impl Collector {
 
     async fn collect(&mut self, window: Option<Duration>, stopped: oneshot::Receiver<()>) -> Result<(), KernelError> {
         let unwatchable = |error| KernelError::System { what: "waiting for a ring buffer", error };
-        let mut notices = self.kernel.take_notices()?.watch().map_err(unwatchable)?;
-        let mut overflow = self.kernel.take_overflow()?.watch().map_err(unwatchable)?;
-        let mut log = self.kernel.take_log().map(DebugLog::watch).transpose().map_err(unwatchable)?;
-        let outcome = self.collect_until_stopped(window, stopped, &mut notices, &mut overflow, &mut log).await;
+        let notices = self.kernel.take_notices()?.watch().map_err(unwatchable)?;
+        let overflow = self.kernel.take_overflow()?.watch().map_err(unwatchable)?;
+        let mmaps = self.kernel.mmap_events()?.watch().map_err(unwatchable)?;
+        let log = self.kernel.take_log().map(DebugLog::watch).transpose().map_err(unwatchable)?;
+        let mut sources = Sources { notices, mmaps, overflow, log };
+        let outcome = self.collect_until_stopped(window, stopped, &mut sources).await;
         // Whatever ended collection: the clock stops, and what was sampled is still read and handed on.
         let stopped = self.kernel.stop();
-        self.read_notices(notices.get_mut());
+        self.learn(&mut sources);
         self.deliver_waiting();
-        let drained = self.drain(overflow.get_mut(), true);
+        let drained = self.drain(sources.overflow.get_mut(), true);
         self.deliver_waiting();
         outcome.and(stopped).and(drained)
     }
@@ -187,9 +197,7 @@ impl Collector {
         &mut self,
         window: Option<Duration>,
         mut stopped: oneshot::Receiver<()>,
-        notices: &mut AsyncFd<Ring>,
-        overflow: &mut AsyncFd<Ring>,
-        log: &mut Option<AsyncFd<DebugLog>>,
+        sources: &mut Sources,
     ) -> Result<(), KernelError> {
         let interval = window.map_or(DRAIN_INTERVAL, |window| window.min(DRAIN_INTERVAL));
         let mut drains = interval_at(tokio::time::Instant::now() + interval, interval);
@@ -198,18 +206,24 @@ impl Collector {
         loop {
             tokio::select! {
                 _ = &mut stopped => return Ok(()),
-                guard = notices.readable_mut() => {
+                guard = sources.notices.readable_mut() => {
                     if let Ok(mut guard) = guard {
                         guard.clear_ready();
-                        self.read_notices(guard.get_inner_mut());
                     }
+                    self.learn(sources);
                 }
-                guard = overflow.readable_mut() => {
+                guard = sources.mmaps.readable_mut() => {
                     if let Ok(mut guard) = guard {
                         guard.clear_ready();
-                        self.read_notices(notices.get_mut());
-                        self.drain(guard.get_inner_mut(), false)?;
                     }
+                    self.learn(sources);
+                }
+                guard = sources.overflow.readable_mut() => {
+                    if let Ok(mut guard) = guard {
+                        guard.clear_ready();
+                    }
+                    self.learn(sources);
+                    self.drain(sources.overflow.get_mut(), false)?;
                 }
                 _ = drains.tick() => {
                     let closes_window = window.is_some_and(|window| window_opened.elapsed() + interval / 2 >= window);
@@ -219,16 +233,22 @@ impl Collector {
                     if let Err(error) = self.kernel.follow_hotplug() {
                         warn!("CPUs that came or went could not be followed: {error}");
                     }
-                    self.read_notices(notices.get_mut());
-                    self.drain(overflow.get_mut(), closes_window)?;
+                    if let Err(error) = sources.mmaps.get_mut().follow_hotplug() {
+                        warn!("new mappings on CPUs that came or went could not be followed: {error}");
+                    }
+                    self.learn(sources);
+                    self.stats.set_mappings_lost(sources.mmaps.get_ref().lost());
+                    self.drain(sources.overflow.get_mut(), closes_window)?;
                 }
-                () = flush_log(log) => {}
+                () = flush_log(&mut sources.log) => {}
             }
         }
     }
 
-    fn read_notices(&mut self, ring: &mut Ring) {
-        ring.read(|notice| self.table.notice(notice));
+    /// Reads what the kernel announced: first processes, then what was mapped in them.
+    fn learn(&mut self, sources: &mut Sources) {
+        sources.notices.get_mut().read(|notice| self.table.notice(notice));
+        sources.mmaps.get_mut().read(|mapping| self.table.mapped(mapping));
         self.table.catch_up();
         self.publish();
         self.report_exits();

@@ -1,13 +1,13 @@
-//! Tells the agent about processes: fork, exec, exit, new executable mappings and newly sampled places.
+//! Tells the agent about processes: fork, exec, exit, newly sampled places, and unwind tables that are missed.
 
 use aya_ebpf::{
     helpers::{bpf_get_current_pid_tgid, generated},
-    programs::{BtfTracePointContext, FEntryContext},
+    programs::BtfTracePointContext,
 };
 use aya_log_ebpf::debug;
 use profiler_common::abi::{
     counter::Counter,
-    notice::{ForkNotice, MmapNotice, NoticeHeader, NoticeKind, PLACE_SHIFT, PLACES, PlaceNotice, TableNotice},
+    notice::{ForkNotice, NoticeHeader, NoticeKind, PLACE_SHIFT, PLACES, PlaceNotice, TableNotice},
     process::ProcessKey,
     settings::target,
 };
@@ -19,9 +19,6 @@ use crate::{
     memory::kernel,
     scope,
 };
-
-/// `VM_EXEC` (`include/linux/mm.h`).
-const VM_EXEC: u64 = 0x4;
 
 /// Identity of the process that `task` is a thread of; `leader` is its thread group leader.
 #[inline(always)]
@@ -121,28 +118,6 @@ pub fn exit(ctx: &BtfTracePointContext) {
     // it when it forgets the process.
     debug!(ctx, "exit: {}", process.tgid);
     send(NoticeHeader { kind: NoticeKind::Exit as u32, reserved: 0, process });
-}
-
-/// `perf_event_mmap(vma)`: the kernel's own hook for every new or re-protected mapping.
-#[inline(always)]
-pub fn mmap(ctx: &FEntryContext) {
-    let vma: u64 = ctx.arg(0);
-    let flags: u64 = kernel(vma, loaded!(LAYOUT.vma_flags));
-    let file: u64 = kernel(vma, loaded!(LAYOUT.vma_file));
-    if flags & VM_EXEC == 0 || file == 0 || !scope::includes(current_tgid()) {
-        return;
-    }
-    let inode: u64 = kernel(file, loaded!(LAYOUT.file_inode));
-    let super_block: u64 = kernel(inode, loaded!(LAYOUT.inode_super_block));
-    send(MmapNotice {
-        header: NoticeHeader { kind: NoticeKind::Mmap as u32, reserved: 0, process: current_process() },
-        start: kernel(vma, loaded!(LAYOUT.vma_start)),
-        end: kernel(vma, loaded!(LAYOUT.vma_end)),
-        file_offset: kernel::<u64>(vma, loaded!(LAYOUT.vma_pgoff)) << 12,
-        inode: kernel(inode, loaded!(LAYOUT.inode_number)),
-        device: kernel(super_block, loaded!(LAYOUT.super_block_device)),
-        reserved: 0,
-    });
 }
 
 #[inline(always)]

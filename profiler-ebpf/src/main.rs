@@ -16,8 +16,8 @@ mod scope;
 mod unwind;
 
 use aya_ebpf::{
-    macros::{btf_tracepoint, fentry, perf_event},
-    programs::{BtfTracePointContext, FEntryContext, PerfEventContext},
+    macros::{btf_tracepoint, perf_event},
+    programs::{BtfTracePointContext, PerfEventContext},
 };
 
 /// Sampling clock on kernels with `bpf_loop` (5.17 and later).
@@ -56,12 +56,6 @@ pub fn process_exec(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "sched_process_exit")]
 pub fn process_exit(ctx: BtfTracePointContext) -> i32 {
     lifecycle::exit(&ctx);
-    0
-}
-
-#[fentry(function = "perf_event_mmap")]
-pub fn file_mapped(ctx: FEntryContext) -> i32 {
-    lifecycle::mmap(&ctx);
     0
 }
 

@@ -83,20 +83,19 @@ fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
     };
     let mut items = vec![
         ("kernel programs", Verdict::Good("accepted".to_owned())),
-        ("stack depth", optional(features.bpf_loop, "512 frames", "127 user frames; Linux 5.17 or later walks deeper")),
+        (
+            "stack walk",
+            optional(features.bpf_loop, "1,024 frames in one go", "1,024 frames in parts (before Linux 5.17)"),
+        ),
         (
             "user registers",
             optional(features.task_pt_regs, "from the kernel's helper", "from the stack's layout (before Linux 5.15)"),
         ),
-        (
-            "mapping notices",
-            optional(
-                features.mmap_hook,
-                "at once",
-                "not permitted here (fentry on perf_event_mmap); new mappings are found when samples hit them",
-            ),
-        ),
     ];
+    items.push(match kernel.mmap_events() {
+        Ok(_) => ("mapping notices", Verdict::Good("new mappings are announced".to_owned())),
+        Err(error) => ("mapping notices", Verdict::Impossible(error.to_string())),
+    });
     items.push(match kernel.attach_notices() {
         Ok(()) => ("process notices", Verdict::Good("fork, exec and exit are announced".to_owned())),
         Err(error) => ("process notices", Verdict::Impossible(error.to_string())),

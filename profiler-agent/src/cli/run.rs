@@ -119,11 +119,6 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         humantime::format_duration(config.window),
         config.status,
     );
-    if !kernel.features().mmap_hook {
-        info!(
-            "new mappings are not announced here (`profiler-agent check` says why); they are read when a process is first sampled"
-        );
-    }
     stats.set_clock(kernel.clock().cpus());
     let options = pipeline::Options {
         period: Duration::from_nanos(1_000_000_000 / config.frequency),

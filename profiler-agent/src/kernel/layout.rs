@@ -12,7 +12,7 @@ use super::{
 /// Size of an x86_64 kernel stack (`THREAD_SIZE`, `arch/x86/include/asm/page_64_types.h`, without KASAN).
 const THREAD_SIZE: u32 = 16 << 10;
 
-const STRUCTS: &[&str] = &["task_struct", "signal_struct", "vm_area_struct", "file", "inode", "super_block"];
+const STRUCTS: &[&str] = &["task_struct", "signal_struct"];
 
 /// Optional parts of the kernel that change which programs are loaded.
 #[derive(Clone, Copy, Debug)]
@@ -21,8 +21,6 @@ pub struct Features {
     pub bpf_loop: bool,
     /// `bpf_task_pt_regs` (5.15): user registers without assuming the stack's layout.
     pub task_pt_regs: bool,
-    /// `perf_event_mmap` can be named as a trampoline target: mappings are announced as they appear.
-    pub mmap_hook: bool,
 }
 
 /// Flags of threads that never run in user mode (`include/linux/sched.h`): io_uring workers, kernel threads, and
@@ -45,11 +43,10 @@ pub fn kernel_version() -> Option<(u32, u32)> {
 
 /// Reads layout and features from the BTF at `path`.
 pub fn read(path: &Path) -> Result<(KernelLayout, Features), KernelError> {
-    let types = KernelTypes::read(path, STRUCTS, &["bpf_loop", "bpf_task_pt_regs", "perf_event_mmap"])?;
+    let types = KernelTypes::read(path, STRUCTS, &["bpf_loop", "bpf_task_pt_regs"])?;
     let features = Features {
         bpf_loop: types.has_function("bpf_loop"),
         task_pt_regs: types.has_function("bpf_task_pt_regs"),
-        mmap_hook: types.has_function("perf_event_mmap"),
     };
     let offset = |structure: &'static str, member: &'static str| {
         types.offset(structure, member).ok_or(KernelError::MissingMember { structure, member })
@@ -64,15 +61,6 @@ pub fn read(path: &Path) -> Result<(KernelLayout, Features), KernelError> {
         task_comm: offset("task_struct", "comm")?,
         task_signal: offset("task_struct", "signal")?,
         signal_live: offset("signal_struct", "live")?,
-        vma_start: offset("vm_area_struct", "vm_start")?,
-        vma_end: offset("vm_area_struct", "vm_end")?,
-        vma_pgoff: offset("vm_area_struct", "vm_pgoff")?,
-        vma_flags: offset("vm_area_struct", "vm_flags")?,
-        vma_file: offset("vm_area_struct", "vm_file")?,
-        file_inode: offset("file", "f_inode")?,
-        inode_number: offset("inode", "i_ino")?,
-        inode_super_block: offset("inode", "i_sb")?,
-        super_block_device: offset("super_block", "s_dev")?,
         thread_size: THREAD_SIZE,
         magic: LAYOUT_MAGIC,
     };

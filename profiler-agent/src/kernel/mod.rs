@@ -9,6 +9,7 @@ mod buffers;
 mod clock;
 mod cpus;
 mod layout;
+mod mmap_events;
 pub mod privileges;
 mod rings;
 mod tables;
@@ -18,7 +19,7 @@ use std::{io, path::Path};
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{ArrayOfMaps, HashMap, MapData, MapError, PerCpuArray, ProgramArray},
-    programs::{BtfTracePoint, FEntry, PerfEvent, ProgramError},
+    programs::{BtfTracePoint, PerfEvent, ProgramError},
 };
 use aya_log::EbpfLogger;
 use profiler_common::abi::{
@@ -37,6 +38,7 @@ pub use self::{
     clock::{Clock, ClockSource},
     cpus::online as online_cpus,
     layout::{Features, kernel_version},
+    mmap_events::MmapEvents,
     rings::{DebugLog, Ring},
     tables::{KernelMappings, KernelTables},
 };
@@ -184,14 +186,6 @@ impl Kernel {
             let program: &mut BtfTracePoint = program(&mut ebpf, name)?;
             program.load(event, &types).map_err(|error| KernelError::Program { program: name, error })?;
         }
-        let mut features = features;
-        if features.mmap_hook {
-            let hook: &mut FEntry = program(&mut ebpf, "file_mapped")?;
-            if let Err(error) = hook.load("perf_event_mmap", &types) {
-                debug!("mappings are not announced by this kernel: {}", first_line(&error));
-                features.mmap_hook = false;
-            }
-        }
         let in_parts = options.walk_in_parts || !features.bpf_loop;
         let clock_program = if in_parts { "on_cpu_in_parts" } else { "on_cpu_loop" };
         let walk_on = if in_parts { Some(load_walk_on(&mut ebpf)?) } else { None };
@@ -215,18 +209,11 @@ impl Kernel {
         })
     }
 
-    /// Attaches the process notices: from here on every fork, exec, exit and mapping is announced.
+    /// Attaches the process notices: from here on every fork, exec and exit is announced.
     pub fn attach_notices(&mut self) -> Result<(), KernelError> {
         for name in ["process_fork", "process_exec", "process_exit"] {
             let program: &mut BtfTracePoint = program(&mut self.ebpf, name)?;
             program.attach().map_err(|error| KernelError::Program { program: name, error })?;
-        }
-        if self.features.mmap_hook {
-            let hook: &mut FEntry = program(&mut self.ebpf, "file_mapped")?;
-            if let Err(error) = hook.attach() {
-                debug!("mappings are not announced by this kernel: {}", first_line(&error));
-                self.features.mmap_hook = false;
-            }
         }
         Ok(())
     }
@@ -276,6 +263,12 @@ impl Kernel {
             .map(DebugLog)
             .inspect_err(|error| warn!("the kernel programs' debug log is not available: {error}"))
             .ok()
+    }
+
+    /// Executable mappings as they appear, on every online CPU.
+    pub fn mmap_events(&self) -> Result<MmapEvents, KernelError> {
+        MmapEvents::open()
+            .map_err(|error| KernelError::System { what: "opening the records of new mappings", error })
     }
 
     /// The maps of unwind tables.

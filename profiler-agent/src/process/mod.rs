@@ -13,5 +13,5 @@ mod table;
 pub use self::{
     proc_fs::children_of,
     published::{Change, MappingMaps, Published},
-    table::{ProcessTable, TableStats},
+    table::{NewMapping, ProcessTable, TableStats},
 };

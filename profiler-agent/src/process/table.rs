@@ -6,7 +6,7 @@ use std::{
 };
 
 use profiler_common::abi::{
-    notice::{ForkNotice, MmapNotice, NoticeHeader, NoticeKind, PlaceNotice, TableNotice},
+    notice::{ForkNotice, NoticeHeader, NoticeKind, PlaceNotice, TableNotice},
     process::{COMM_LEN, ProcessKey},
     sample::StackEnd,
 };
@@ -45,6 +45,23 @@ struct Process {
     ended: Option<u64>,
 }
 
+/// A range of a process that became executable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewMapping {
+    /// The process.
+    pub tgid: u32,
+    /// First address.
+    pub start: u64,
+    /// First address past the end.
+    pub end: u64,
+    /// Offset of `start` in the file, bytes.
+    pub file_offset: u64,
+    /// The kernel's device number: major << 20 | minor.
+    pub device: u32,
+    /// Inode number; zero where no file backs the range.
+    pub inode: u64,
+}
+
 /// Sizes and events, for metrics.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TableStats {
@@ -56,6 +73,8 @@ pub struct TableStats {
     pub notices: u64,
     /// Notices that could not be understood.
     pub notices_malformed: u64,
+    /// New mappings of known processes that the kernel announced.
+    pub mappings_announced: u64,
     /// Times a process's mappings were read.
     pub scans: u64,
     /// Times they could not be: the process was gone, or had become another program.
@@ -76,6 +95,8 @@ pub struct ProcessTable {
     exited: HashSet<u32>,
     /// What the kernel programs have to be told.
     changes: Vec<Change>,
+    /// Images whose mappings they have to be told after that.
+    remapped: HashSet<ProcessKey>,
     /// Executables whose unwind tables samples have missed.
     wanted: Vec<Arc<Executable>>,
     /// Counts drains.
@@ -111,10 +132,6 @@ impl ProcessTable {
                     ended.ended = Some(self.generation);
                 }
             }
-            NoticeKind::Mmap => {
-                let (notice, _) = MmapNotice::read_from_prefix(bytes).ok()?;
-                self.mmap(process, &notice);
-            }
             NoticeKind::NewPlace => {
                 let (notice, _) = PlaceNotice::read_from_prefix(bytes).ok()?;
                 self.see(process);
@@ -140,6 +157,11 @@ impl ProcessTable {
                 .is_some_and(|process| process.scanned == Some(self.generation) && process.scans >= MAX_SCANS);
             if !is_restless {
                 self.scan(key);
+            }
+        }
+        for key in std::mem::take(&mut self.remapped) {
+            if let Some(process) = self.processes.get(&key) {
+                self.changes.push(Change::Mapped(key, process.mappings.records()));
             }
         }
     }
@@ -258,33 +280,47 @@ impl ProcessTable {
         });
     }
 
-    fn fork(&mut self, parent: ProcessKey, child: ProcessKey) {
+    fn fork(&mut self, parent_key: ProcessKey, child: ProcessKey) {
         self.see(child);
-        self.changes.push(Change::Forked { parent, child });
-        let Some(parent) = self.processes.get(&parent) else { return };
+        self.changes.push(Change::Forked { parent: parent_key, child });
+        let Some(parent) = self.processes.get(&parent_key) else { return };
         let (mappings, executable) = (Arc::clone(&parent.mappings), parent.executable.clone());
+        if self.remapped.contains(&parent_key) {
+            self.remapped.insert(child);
+        }
         if let Some(child) = self.processes.get_mut(&child) {
             child.mappings = mappings;
             child.executable = executable;
         }
     }
 
-    /// A file whose identity is known is mapped at once; an unknown one has to be read from the process.
-    fn mmap(&mut self, key: ProcessKey, notice: &MmapNotice) {
-        self.see(key);
-        let file = self.executables.known(FileKey { device: notice.device, inode: notice.inode });
-        let (Some(process), Some(file)) = (self.processes.get_mut(&key), file) else {
-            self.unread.insert(key);
-            return;
+    /// Takes note of a new mapping. A file whose identity is known is mapped at once; an unknown one has to be read
+    /// from the process. Processes that were never sampled stay unknown. Call [`Self::catch_up`] when no more
+    /// mappings are waiting.
+    pub fn mapped(&mut self, mapping: &NewMapping) {
+        let Some(key) = self.newest.get(&mapping.tgid) else { return };
+        let Some(process) = self.processes.get_mut(key) else { return };
+        self.stats.mappings_announced += 1;
+        let file = self.executables.known(FileKey { device: mapping.device, inode: mapping.inode });
+        let backing = match file {
+            Some(file) => Backing::File(file),
+            None if mapping.inode == 0 => Backing::Anonymous,
+            None => {
+                self.unread.insert(*key);
+                return;
+            }
         };
+        let is_anonymous = |address| matches!(process.mappings.locate(address), Location::Anonymous(_));
+        if mapping.inode == 0 && is_anonymous(mapping.start) && is_anonymous(mapping.end.saturating_sub(1)) {
+            return;
+        }
         Arc::make_mut(&mut process.mappings).insert(Mapping {
-            start: notice.start,
-            end: notice.end,
-            file_offset: notice.file_offset,
-            backing: Backing::File(file),
+            start: mapping.start,
+            end: mapping.end,
+            file_offset: mapping.file_offset,
+            backing,
         });
-        let records = process.mappings.records();
-        self.changes.push(Change::Mapped(key, records));
+        self.remapped.insert(*key);
     }
 
     /// Reads the mappings of a living process. False: it is gone, or runs another program by now.
@@ -325,7 +361,7 @@ impl ProcessTable {
             // Exiting: its memory is gone already, but what was known of it still holds.
             return None;
         }
-        self.changes.push(Change::Mapped(key, mappings.records()));
+        self.remapped.insert(key);
         process.mappings = Arc::new(mappings);
         debug!("process {}: {} executable mappings", key.tgid, lines.len());
         Some(())

@@ -75,6 +75,8 @@ pub(super) fn render(stats: &Stats) -> String {
         "counter",
         tables.build_time_ns as f64 / 1e9,
     );
+    page.counter("mappings_announced", "New mappings of known processes.", table.mappings_announced);
+    page.counter("mappings_lost", "Announcements of new mappings that found their ring full.", stats.mappings_lost());
     page.counter("mappings_refused", "Times a process's mappings found no room in the kernel's map.", mappings_refused);
     page.gauge("processes", "Program images remembered.", table.processes);
     page.gauge("executables", "Executable files known.", table.executables);

@@ -61,6 +61,7 @@ pub struct Stats {
     kernel: Mutex<Vec<u64>>,
     table: Mutex<TableStats>,
     symbolize: Mutex<SymbolizeStats>,
+    mappings_lost: AtomicU64,
     unwind_tables: Mutex<(TableBuilderStats, u64)>,
     cpus: AtomicUsize,
     ready: AtomicBool,
@@ -113,6 +114,15 @@ impl Stats {
     /// The process table's sizes and events.
     pub fn table(&self) -> TableStats {
         *self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_mappings_lost(&self, lost: u64) {
+        self.mappings_lost.store(lost, Ordering::Relaxed);
+    }
+
+    /// Announcements of new mappings that found their ring full.
+    pub fn mappings_lost(&self) -> u64 {
+        self.mappings_lost.load(Ordering::Relaxed)
     }
 
     pub(crate) fn set_unwind_tables(&self, stats: TableBuilderStats, mappings_refused: u64) {

@@ -59,6 +59,6 @@ counters! {
     LostBuffer, "samples_lost_buffer", Lost, "Samples lost because no buffer was installed.";
     LostOverflow, "samples_lost_overflow", Lost, "Samples lost because the buffer and the overflow ring were both full or busy.";
     Overflowed, "samples_overflowed", Info, "Samples that took the overflow ring because the buffer was full or busy.";
-    NoticesLost, "notices_lost", Info, "Process notices (fork, exec, exit, mmap, new place) that found their ring full.";
+    NoticesLost, "notices_lost", Info, "Process notices (fork, exec, exit, new place, table wanted) that found their ring full.";
     TargetsFull, "targets_full", Info, "Children of a recorded process that could not be followed because the target map was full.";
 }

@@ -28,12 +28,10 @@ pub enum NoticeKind {
     Exec = 2,
     /// [`NoticeHeader`] alone: the last thread of the process has exited.
     Exit = 3,
-    /// [`MmapNotice`]: a file was mapped executable.
-    Mmap = 4,
     /// [`PlaceNotice`]: code was sampled where this image had not been sampled lately.
-    NewPlace = 5,
+    NewPlace = 4,
     /// [`TableNotice`]: the unwind table of an executable is needed.
-    TableWanted = 6,
+    TableWanted = 5,
 }
 
 impl TryFrom<u32> for NoticeKind {
@@ -44,9 +42,8 @@ impl TryFrom<u32> for NoticeKind {
             1 => Ok(Self::Fork),
             2 => Ok(Self::Exec),
             3 => Ok(Self::Exit),
-            4 => Ok(Self::Mmap),
-            5 => Ok(Self::NewPlace),
-            6 => Ok(Self::TableWanted),
+            4 => Ok(Self::NewPlace),
+            5 => Ok(Self::TableWanted),
             other => Err(other),
         }
     }
@@ -60,26 +57,6 @@ pub struct ForkNotice {
     pub header: NoticeHeader,
     /// The child.
     pub child: ProcessKey,
-}
-
-/// A file became executable memory of a process.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
-pub struct MmapNotice {
-    /// Kind and process.
-    pub header: NoticeHeader,
-    /// First address.
-    pub start: u64,
-    /// First address past the end.
-    pub end: u64,
-    /// Offset of `start` in the file, bytes.
-    pub file_offset: u64,
-    /// Inode number.
-    pub inode: u64,
-    /// The kernel's device number: major << 20 | minor.
-    pub device: u32,
-    /// Zero.
-    pub reserved: u32,
 }
 
 /// Code runs in a place that the agent may not know yet.
@@ -115,5 +92,4 @@ const _: () = {
     assert!(size_of::<TableNotice>() == 32);
     assert!(PLACES.is_power_of_two());
     assert!(size_of::<ForkNotice>() == 40);
-    assert!(size_of::<MmapNotice>() == 64);
 };

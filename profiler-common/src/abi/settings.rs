@@ -43,24 +43,6 @@ pub struct KernelLayout {
     pub task_signal: u32,
     /// `signal_struct::live`.
     pub signal_live: u32,
-    /// `vm_area_struct::vm_start`.
-    pub vma_start: u32,
-    /// `vm_area_struct::vm_end`.
-    pub vma_end: u32,
-    /// `vm_area_struct::vm_pgoff`.
-    pub vma_pgoff: u32,
-    /// `vm_area_struct::vm_flags`.
-    pub vma_flags: u32,
-    /// `vm_area_struct::vm_file`.
-    pub vma_file: u32,
-    /// `file::f_inode`.
-    pub file_inode: u32,
-    /// `inode::i_ino`.
-    pub inode_number: u32,
-    /// `inode::i_sb`.
-    pub inode_super_block: u32,
-    /// `super_block::s_dev`.
-    pub super_block_device: u32,
     /// Size of a kernel stack, bytes.
     pub thread_size: u32,
     /// Never zero, so that no other read-only global can be merged with this one.
