@@ -81,8 +81,10 @@ pub fn fork(ctx: &BtfTracePointContext) {
     debug!(ctx, "fork: {} -> {}", parent_tgid, child_tgid);
     let parent = current_process();
     let child = process_key(child, kernel(child, loaded!(LAYOUT.task_group_leader)));
-    let is_announced =
-        send(ForkNotice { header: NoticeHeader { kind: NoticeKind::Fork as u32, reserved: 0, process: parent }, child });
+    let is_announced = send(ForkNotice {
+        header: NoticeHeader { kind: NoticeKind::Fork as u32, reserved: 0, process: parent },
+        child,
+    });
     // The child has its parent's mappings. The agent counts who uses them, so it has to know.
     if is_announced && let Some(mappings) = PROCESSES.get_ptr(parent) {
         // SAFETY: a value of this preallocated map stays readable while the program runs.

@@ -3,8 +3,7 @@
 use core::ptr::{addr_of, read_volatile};
 
 use aya_ebpf::{
-    EbpfContext as _,
-    bindings,
+    EbpfContext as _, bindings,
     helpers::{
         bpf_get_current_comm, bpf_get_current_pid_tgid,
         generated::{

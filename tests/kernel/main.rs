@@ -4,3 +4,4 @@
 mod daemon;
 mod recording;
 mod stacks;
+mod unwinding;

@@ -79,6 +79,53 @@ pub fn workload(name: &str) -> PathBuf {
     binary
 }
 
+/// How a program of `tests/workloads/native` is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Native {
+    /// C, without frame pointers, linked dynamically and lazily.
+    C,
+    /// The same as a position-independent executable without any library.
+    CStaticPie,
+    /// The same with another C library, which has no unwind tables.
+    CMusl,
+    /// The library that the C program loads.
+    CPlugin,
+    /// C++ without frame pointers.
+    Cpp,
+    /// Rust, as cargo's release profile compiles it.
+    Rust,
+    /// Go.
+    Go,
+    /// Go without symbols.
+    GoStripped,
+}
+
+/// Compiles a program of `tests/workloads/native`.
+pub fn native(kind: Native) -> PathBuf {
+    const C_FLAGS: &[&str] = &["-O2", "-fomit-frame-pointer", "-fno-optimize-sibling-calls", "-pthread"];
+    let (program, arguments, source): (&str, &[&str], &str) = match kind {
+        Native::C => ("gcc", &["-Wl,-z,lazy"], "shapes.c"),
+        Native::CStaticPie => ("gcc", &["-static-pie", "-w"], "shapes.c"),
+        Native::CMusl => ("musl-gcc", &["-static"], "shapes.c"),
+        Native::CPlugin => ("gcc", &["-fPIC", "-shared"], "plugin.c"),
+        Native::Cpp => ("g++", &[], "shapes.cpp"),
+        Native::Rust => ("rustc", &["-C", "opt-level=3", "--edition", "2024"], "shapes.rs"),
+        Native::Go => ("go", &["build"], "shapes.go"),
+        Native::GoStripped => ("go", &["build", "-ldflags", "-s -w"], "shapes.go"),
+    };
+    let folder = workspace().join("target/workloads/native");
+    std::fs::create_dir_all(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    let binary = folder.join(format!("shapes-{kind:?}").to_lowercase());
+    let mut compile = Command::new(program);
+    if program.ends_with("gcc") || program == "g++" {
+        compile.args(C_FLAGS);
+    }
+    compile.args(arguments).arg("-o").arg(&binary).arg(workspace().join("tests/workloads/native").join(source));
+    let output = run(&mut compile);
+    assert!(output.status.success(), "{kind:?} does not compile: {}", stderr(&output));
+    binary
+}
+
 /// What `record` said when it was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Books {

@@ -17,6 +17,9 @@ const RUSTC_PACKAGES: &[(&str, &str)] = &[("rustc-web", "libstd-rust-web-dev-bpf
 /// Programs the tests use, and the packages that bring them.
 const TEST_PROGRAMS: &[(&str, &str)] = &[
     ("gcc", "gcc"),
+    ("g++", "g++"),
+    ("musl-gcc", "musl-tools"),
+    ("node", "nodejs"),
     ("python3", "python3"),
     ("go", "golang-go"),
     ("setpriv", "util-linux"),

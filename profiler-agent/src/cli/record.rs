@@ -17,7 +17,6 @@ use tracing::info;
 
 use super::{logging::Logging, output::Output};
 use crate::{
-    unwind_info::DEFAULT_TABLE_BYTES,
     config::{DEFAULT_FREQUENCY, valid_frequency},
     export::Format,
     kernel::{self, BufferRows, Kernel, privileges},
@@ -25,6 +24,7 @@ use crate::{
     process::children_of,
     profile::Profile,
     status::Stats,
+    unwind_info::DEFAULT_TABLE_BYTES,
 };
 
 const DEFAULT_DURATION: Duration = Duration::from_secs(10);

@@ -12,13 +12,13 @@ use tracing::{info, warn};
 
 use super::logging::Logging;
 use crate::{
-    unwind_info::DEFAULT_TABLE_BYTES,
     config::{Config, Overrides},
     export::otlp::{self, Client},
     kernel::{self, BufferRows, Kernel, privileges},
     pipeline::{self, DRAIN_INTERVAL, Pipeline},
     profile::Profile,
     status::{self, Stats},
+    unwind_info::DEFAULT_TABLE_BYTES,
 };
 
 const FRAME_CACHE_BYTES: usize = 16 << 20;

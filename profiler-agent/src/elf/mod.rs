@@ -8,8 +8,8 @@ use std::{fs::File, os::unix::fs::FileExt as _};
 use object::{
     LittleEndian as LE,
     elf::{
-        ELFCLASS64, ELFDATA2LSB, ELFMAG, EM_X86_64, FileHeader64, NT_GNU_BUILD_ID, NoteHeader64, PF_X, PT_GNU_EH_FRAME, PT_LOAD, PT_NOTE,
-        ProgramHeader64, SHF_COMPRESSED, SHT_DYNSYM, SHT_NOBITS, SHT_SYMTAB, SectionHeader64,
+        ELFCLASS64, ELFDATA2LSB, ELFMAG, EM_X86_64, FileHeader64, NT_GNU_BUILD_ID, NoteHeader64, PF_X, PT_GNU_EH_FRAME,
+        PT_LOAD, PT_NOTE, ProgramHeader64, SHF_COMPRESSED, SHT_DYNSYM, SHT_NOBITS, SHT_SYMTAB, SectionHeader64,
     },
     pod,
 };

@@ -44,10 +44,8 @@ pub fn kernel_version() -> Option<(u32, u32)> {
 /// Reads layout and features from the BTF at `path`.
 pub fn read(path: &Path) -> Result<(KernelLayout, Features), KernelError> {
     let types = KernelTypes::read(path, STRUCTS, &["bpf_loop", "bpf_task_pt_regs"])?;
-    let features = Features {
-        bpf_loop: types.has_function("bpf_loop"),
-        task_pt_regs: types.has_function("bpf_task_pt_regs"),
-    };
+    let features =
+        Features { bpf_loop: types.has_function("bpf_loop"), task_pt_regs: types.has_function("bpf_task_pt_regs") };
     let offset = |structure: &'static str, member: &'static str| {
         types.offset(structure, member).ok_or(KernelError::MissingMember { structure, member })
     };

@@ -12,9 +12,7 @@ use std::{
 };
 
 use aya_obj::generated::{
-    perf_event_attr, perf_event_mmap_page,
-    perf_sw_ids::PERF_COUNT_SW_DUMMY,
-    perf_type_id::PERF_TYPE_SOFTWARE,
+    perf_event_attr, perf_event_mmap_page, perf_sw_ids::PERF_COUNT_SW_DUMMY, perf_type_id::PERF_TYPE_SOFTWARE,
 };
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -143,8 +141,7 @@ pub struct MmapEvents {
 impl MmapEvents {
     /// Opens the records of every online CPU.
     pub(super) fn open() -> io::Result<Self> {
-        let mut this =
-            Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, cpus: BTreeMap::new(), lost: 0 };
+        let mut this = Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, cpus: BTreeMap::new(), lost: 0 };
         this.follow_hotplug()?;
         Ok(this)
     }

@@ -3,10 +3,10 @@
 //! In: settings. Out: raw rows and notices as bytes of the ABI's records, and counters. What they mean is
 //! decided elsewhere.
 
-mod commands;
 mod btf;
 mod buffers;
 mod clock;
+mod commands;
 mod cpus;
 mod layout;
 mod mmap_events;
@@ -267,8 +267,7 @@ impl Kernel {
 
     /// Executable mappings as they appear, on every online CPU.
     pub fn mmap_events(&self) -> Result<MmapEvents, KernelError> {
-        MmapEvents::open()
-            .map_err(|error| KernelError::System { what: "opening the records of new mappings", error })
+        MmapEvents::open().map_err(|error| KernelError::System { what: "opening the records of new mappings", error })
     }
 
     /// The maps of unwind tables.

@@ -183,10 +183,10 @@ mod tests {
         mappings.insert(Mapping { start: 0x8000, end: 0xc000, file_offset: 0x2000, backing });
         mappings.insert(Mapping { start: 0xd000, end: 0xe000, file_offset: 0, backing: Backing::Anonymous });
         let records = mappings.records();
-        assert_eq!(records.iter().map(|record| (record.start, record.end, record.executable)).collect::<Vec<_>>(), [
-            (0x7000, 0xc000, 1),
-            (0xd000, 0xe000, 0)
-        ]);
+        assert_eq!(
+            records.iter().map(|record| (record.start, record.end, record.executable)).collect::<Vec<_>>(),
+            [(0x7000, 0xc000, 1), (0xd000, 0xe000, 0)]
+        );
         assert_eq!(0x7234u64.wrapping_sub(records[0].bias), 0x40_3234);
     }
 

@@ -120,7 +120,8 @@ impl Source {
                 Linkage::Direct => 0,
             });
         }
-        let (eh_frame, address) = self.eh_frame.as_ref().map_or((&[][..], 0), |(bytes, address)| (&bytes[..], *address));
+        let (eh_frame, address) =
+            self.eh_frame.as_ref().map_or((&[][..], 0), |(bytes, address)| (&bytes[..], *address));
         word(address);
         word(self.text);
         for bytes in [eh_frame, self.debug_frame.as_deref().unwrap_or_default()] {

@@ -7,8 +7,8 @@ use std::collections::HashMap;
 
 use gimli::{
     BaseAddresses, CfaRule, CieOrFde, CommonInformationEntry, DebugFrame, EhFrame, EndianSlice, Expression,
-    FrameDescriptionEntry, LittleEndian, Operation, Register, RegisterRule, UnwindContext, UnwindExpression, UnwindOffset,
-    UnwindSection, UnwindTableRow, X86_64,
+    FrameDescriptionEntry, LittleEndian, Operation, Register, RegisterRule, UnwindContext, UnwindExpression,
+    UnwindOffset, UnwindSection, UnwindTableRow, X86_64,
 };
 use profiler_common::unwind::rule::{LOST_OFFSET, Rule, cfa, fp};
 
@@ -139,6 +139,9 @@ fn rule_of<'a, S: UnwindSection<Bytes<'a>>>(
     match row.register(X86_64::RA) {
         Some(RegisterRule::Undefined) => return Rule::plain(cfa::OUTERMOST),
         Some(RegisterRule::Offset(-8)) => {}
+        Some(RegisterRule::Register(register)) => {
+            return jump(row.cfa(), register).unwrap_or(Rule::plain(cfa::UNSUPPORTED));
+        }
         _ => return Rule::plain(cfa::UNSUPPORTED),
     }
     let operations = |expression: &UnwindExpression<usize>| {
@@ -167,6 +170,13 @@ fn rule_of<'a, S: UnwindSection<Bytes<'a>>>(
         Some(_) => LOST_OFFSET,
     };
     Rule { fp, fp_offset, bx_offset, ..frame }
+}
+
+/// A frame that is left by a jump to what a register holds.
+fn jump(frame: &CfaRule<usize>, target: Register) -> Option<Rule> {
+    let CfaRule::RegisterAndOffset { register: X86_64::RSP, offset } = *frame else { return None };
+    let cfa_offset = i32::try_from(offset).ok()?;
+    Some(Rule { cfa_offset, cfa_addend: pt_regs_word(target)?, ..Rule::plain(cfa::LEAF_JUMP) })
 }
 
 fn narrow(offset: i64) -> Option<i16> {

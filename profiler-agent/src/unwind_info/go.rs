@@ -23,9 +23,17 @@ const MODULE_TEXT: u64 = 176;
 const QUANTUM_AND_WORD: [u8; 2] = [1, 8];
 
 /// Functions that are the root of their stack: goroutines start in `goexit`, threads in `mstart`; `mcall` starts
-/// the scheduler's stack over.
-const OUTERMOST: &[&str] =
-    &["runtime.goexit", "runtime.mstart", "runtime.mcall", "runtime.rt0_go", "_rt0_amd64", "_rt0_amd64_linux"];
+/// the scheduler's stack over, and the last two hand a thread over to the scheduler and never return.
+const OUTERMOST: &[&str] = &[
+    "runtime.goexit",
+    "runtime.mstart",
+    "runtime.mcall",
+    "runtime.rt0_go",
+    "_rt0_amd64",
+    "_rt0_amd64_linux",
+    "runtime.goschedImpl",
+    "runtime.preemptPark",
+];
 /// Functions that run their callees on another stack and have a frame of their own on the first.
 const OTHER_STACK_FRAMED: &[&str] = &["runtime.nanotime1", "runtime.walltime", "runtime.walltime1", "time.now"];
 /// The same without a frame: the frame pointer is still their caller's, which is thereby skipped.
@@ -175,7 +183,9 @@ impl GoTable {
     pub(super) fn rows(&mut self, function: Function, mut row: impl FnMut(u64, Rule)) -> Result<(), u64> {
         // The record begins with the function's address, of 4 bytes since 1.18 and of 8 before.
         let fields = function.entry.saturating_add(if self.layout == Layout::V1_18 { 4 } else { 8 });
-        let (Some(name), Some(depths)) = (read_u32(&self.bytes, fields), read_u32(&self.bytes, fields.saturating_add(12))) else {
+        let (Some(name), Some(depths)) =
+            (read_u32(&self.bytes, fields), read_u32(&self.bytes, fields.saturating_add(12)))
+        else {
             return Err(function.start);
         };
         let special = self.special.iter().find(|(offset, _)| *offset == name).map(|(_, kind)| *kind);
@@ -248,7 +258,8 @@ fn module_text(file: &File, sections: &[Section], table: u64) -> Option<u64> {
         }
     }
     let (_, relocations) = read(".rela.dyn").or_else(|| read(".rela"))?;
-    let entries = || relocations.chunks_exact(RELOCATION).filter_map(|entry| Some((read_u64(entry, 0)?, read_u64(entry, 16)?)));
+    let entries =
+        || relocations.chunks_exact(RELOCATION).filter_map(|entry| Some((read_u64(entry, 0)?, read_u64(entry, 16)?)));
     entries().filter(|(_, addend)| *addend == table).find_map(|(module, _)| {
         entries().find(|(place, _)| *place == module.wrapping_add(MODULE_TEXT)).map(|(_, addend)| addend)
     })

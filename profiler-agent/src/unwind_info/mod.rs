@@ -21,8 +21,8 @@ use std::{
 use profiler_common::abi::tables::TableState;
 use tracing::{debug, warn};
 
-use self::{build::Source, store::Store, table::Rules};
 pub use self::store::{StoreStats, TableMaps};
+use self::{build::Source, store::Store, table::Rules};
 use crate::profile::Executable;
 
 /// Kernel memory for rows unless the operator says otherwise: some 16 million rows.
@@ -128,6 +128,9 @@ struct Worker<M> {
 
 impl<M: TableMaps> Worker<M> {
     fn run(mut self) {
+        if let Err(error) = self.store.prepare() {
+            warn!("no room for unwind tables could be made: {error}");
+        }
         while let Some((forgotten, wanted)) = self.next() {
             let outcome = self.work(&forgotten, wanted.as_deref());
             if let Err(error) = outcome {
@@ -160,6 +163,7 @@ impl<M: TableMaps> Worker<M> {
             self.store.forget(executable)?;
         }
         self.store.look()?;
+        self.store.prepare()?;
         let Some(executable) = wanted else { return Ok(()) };
         let started = Instant::now();
         let Some(source) = Source::read(executable) else {

@@ -142,7 +142,13 @@ impl<M: TableMaps> Store<M> {
     }
 
     /// Puts a table in place for an executable; `rules` are all there are, in the order of their numbers.
-    pub(super) fn insert(&mut self, fingerprint: u64, executable: u32, table: &Table, rules: &[Rule]) -> io::Result<()> {
+    pub(super) fn insert(
+        &mut self,
+        fingerprint: u64,
+        executable: u32,
+        table: &Table,
+        rules: &[Rule],
+    ) -> io::Result<()> {
         if let Some(new) = rules.get(self.rules..)
             && !new.is_empty()
         {
@@ -199,6 +205,16 @@ impl<M: TableMaps> Store<M> {
         Ok(())
     }
 
+    /// Keeps one empty chunk ready, since making one takes as long as ten small tables do.
+    pub(super) fn prepare(&mut self) -> io::Result<()> {
+        let is_empty = |chunk: &FreeRanges| chunk.available() == CHUNK_ROWS as u32;
+        let vacant = self.chunks.iter().position(Option::is_none).unwrap_or(self.chunks.len());
+        if vacant < self.max_chunks && !self.chunks.iter().flatten().any(is_empty) {
+            self.add_chunk(vacant)?;
+        }
+        Ok(())
+    }
+
     /// Looks up, once in a while, which tables are in use; those that found no room may ask again.
     pub(super) fn look(&mut self) -> io::Result<()> {
         if self.looked.elapsed() < LOOK_EVERY {
@@ -222,7 +238,11 @@ impl<M: TableMaps> Store<M> {
 
     /// Finds room for a table, evicting others if need be; `None` where that does not help.
     #[expect(clippy::type_complexity, reason = "three results of one search")]
-    fn make_place(&mut self, page_count: u32, table: &Table) -> io::Result<Option<(Range, Vec<(u16, Range)>, Vec<Page>)>> {
+    fn make_place(
+        &mut self,
+        page_count: u32,
+        table: &Table,
+    ) -> io::Result<Option<(Range, Vec<(u16, Range)>, Vec<Page>)>> {
         loop {
             if let Some(pages) = self.pages.allocate(page_count, page_count) {
                 if let Some((rows, entries)) = self.place_rows(table)? {
@@ -300,16 +320,20 @@ impl<M: TableMaps> Store<M> {
         if vacant >= self.max_chunks {
             return Ok(None);
         }
+        self.add_chunk(vacant)?;
+        let chunk = self.chunks.get_mut(vacant).and_then(Option::as_mut);
+        Ok(chunk.and_then(|chunk| chunk.allocate(min, max)).map(|range| (vacant as u16, range)))
+    }
+
+    fn add_chunk(&mut self, vacant: usize) -> io::Result<()> {
         self.maps.add_chunk(vacant as u16)?;
-        let mut chunk = FreeRanges::new(CHUNK_ROWS as u32);
-        let range = chunk.allocate(min, max);
         if vacant == self.chunks.len() {
             self.chunks.push(None);
         }
         if let Some(slot) = self.chunks.get_mut(vacant) {
-            *slot = Some(chunk);
+            *slot = Some(FreeRanges::new(CHUNK_ROWS as u32));
         }
-        Ok(range.map(|range| (vacant as u16, range)))
+        Ok(())
     }
 
     fn give_back(&mut self, chunk: u16, range: Range) {
@@ -328,9 +352,15 @@ impl<M: TableMaps> Store<M> {
         self.remove_empty_chunks()
     }
 
+    /// Frees all empty chunks but one.
     fn remove_empty_chunks(&mut self) -> io::Result<()> {
+        let mut kept = false;
         for (number, chunk) in self.chunks.iter_mut().enumerate() {
-            if chunk.as_ref().is_some_and(|free| free.available() == CHUNK_ROWS as u32) {
+            let is_empty = chunk.as_ref().is_some_and(|free| free.available() == CHUNK_ROWS as u32);
+            if is_empty && !std::mem::replace(&mut kept, true) {
+                continue;
+            }
+            if is_empty {
                 *chunk = None;
                 self.maps.remove_chunk(number as u16)?;
             }

@@ -142,6 +142,14 @@ pub fn step(
             let Some(words) = leaf else { return Err(StackEnd::UnsupportedRule) };
             words[addend as usize & (GENERAL_REGISTERS - 1)].wrapping_add(offset)
         }
+        cfa::LEAF_JUMP => {
+            let Some(words) = leaf else { return Err(StackEnd::UnsupportedRule) };
+            let pc = words[addend as usize & (GENERAL_REGISTERS - 1)];
+            if !is_plausible(pc) {
+                return Err(StackEnd::FrameCorrupt);
+            }
+            return Ok(Registers { pc, sp: registers.sp.wrapping_add(offset), ..*registers });
+        }
         cfa::SIGNAL_FRAME => return step_signal_frame(registers, memory),
         cfa::FRAME_POINTER_CHAIN => return step_frame_pointer(registers, memory),
         cfa::OUTERMOST => return Err(StackEnd::Root),

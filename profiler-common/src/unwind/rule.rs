@@ -36,6 +36,9 @@ pub mod cfa {
     pub const STACK_SWITCH: u8 = 11;
     /// The table says something that cannot be followed.
     pub const UNSUPPORTED: u8 = 12;
+    /// A jump out of the frame: the caller goes on at register number `cfa_addend` (in `struct pt_regs` words),
+    /// with stack pointer plus `cfa_offset`; known in the leaf frame only. Exceptions land this way.
+    pub const LEAF_JUMP: u8 = 13;
 }
 
 /// How the caller's frame pointer is found. Values of [`Rule::fp`].

@@ -59,13 +59,8 @@ fn names_unreadable_memory() {
 /// Registers that a frame saved are known by their place, and read only when a rule asks for them.
 #[test]
 fn reads_saved_registers_when_they_are_needed() {
-    let pushes = Rule {
-        fp: fp::AT_CFA,
-        fp_offset: -32,
-        bx_offset: -40,
-        cfa_offset: 48,
-        ..Rule::plain(cfa::STACK_POINTER)
-    };
+    let pushes =
+        Rule { fp: fp::AT_CFA, fp_offset: -32, bx_offset: -40, cfa_offset: 48, ..Rule::plain(cfa::STACK_POINTER) };
     let caller = Registers { pc: 0x40_2000, sp: 0x7030, fp: at(0x7010), bx: at(0x7008) };
     check(pushes, LEAF, &[(0x7020, 1), (0x7028, 0x40_2000)], Ok(caller));
 
@@ -82,11 +77,7 @@ fn reads_saved_registers_when_they_are_needed() {
 /// A frame that realigned its stack keeps the caller's stack pointer in memory.
 #[test]
 fn follows_a_saved_frame_address() {
-    let by_frame = Rule {
-        fp: fp::AT_FRAME_POINTER,
-        cfa_offset: -8,
-        ..Rule::plain(cfa::AT_FRAME_POINTER)
-    };
+    let by_frame = Rule { fp: fp::AT_FRAME_POINTER, cfa_offset: -8, ..Rule::plain(cfa::AT_FRAME_POINTER) };
     let memory = [(0x7008, 0x7100), (0x70f0, 0), (0x70f8, 0x40_2000)];
     check(by_frame, LEAF, &memory, Ok(Registers { pc: 0x40_2000, sp: 0x7100, fp: at(0x7010), bx: LEAF.bx }));
     let by_stack = Rule { cfa_offset: 0x18, cfa_addend: 8, ..Rule::plain(cfa::AT_STACK_POINTER) };
@@ -123,6 +114,16 @@ fn uses_any_register_of_the_leaf() {
     let stepped = step(&rule, &LEAF, Some(&words), &mut Words(&memory));
     assert_eq!(stepped, Ok(Registers { pc: 0x40_2000, sp: 0x7108, ..LEAF }));
     check(rule, LEAF, &memory, Err(StackEnd::UnsupportedRule));
+}
+
+/// An exception lands by a jump: no return address is on the stack.
+#[test]
+fn follows_a_jump_out_of_the_leaf() {
+    let rule = Rule { cfa_offset: 8, cfa_addend: 11, ..Rule::plain(cfa::LEAF_JUMP) };
+    let mut words = [0; pt_regs::WORDS];
+    words[11] = 0x40_7000;
+    assert_eq!(step(&rule, &LEAF, Some(&words), &mut Words(&[])), Ok(Registers { pc: 0x40_7000, sp: 0x7008, ..LEAF }));
+    check(rule, LEAF, &[], Err(StackEnd::UnsupportedRule));
 }
 
 /// A frame address below the stack pointer is nonsense, except where stacks are switched on purpose.

@@ -55,7 +55,7 @@ pub fn caller(scratch: &mut Scratch) -> Result<Registers, StackEnd> {
     }
     let leaf = if scratch.is_leaf == 1 { Some(&scratch.user_registers) } else { None };
     let caller = step(rule, &scratch.registers, leaf, &mut UserMemory)?;
-    scratch.is_return = 1;
+    scratch.is_return = u8::from(rule.cfa != cfa::LEAF_JUMP);
     if rule.cfa == cfa::SIGNAL_FRAME {
         leave_signal_handler(scratch);
     }

@@ -47,13 +47,25 @@ template <> struct Level<0> : Step {
     }
 };
 
-__attribute__((noinline)) void fail(int depth)
+void fail(int depth);
+
+// A frame with something to clean up: the exception stops here and goes on.
+__attribute__((noinline)) void fail_through_cleanup(int depth)
 {
     std::string local(depth, 'x');
+    fail(depth);
+    sink += local.size();
+}
+
+__attribute__((noinline)) void fail(int depth)
+{
     if (depth == 0)
         throw std::runtime_error("expected");
-    fail(depth - 1);
-    sink += local.size();
+    if (depth % 10 == 0)
+        fail_through_cleanup(depth - 1);
+    else
+        fail(depth - 1);
+    sink++;
 }
 
 __attribute__((noinline)) void throw_and_catch()
