@@ -3,13 +3,14 @@
 //! In: a file. Out: what its headers say. Headers are read with bounded reads and never mapped, so that a file
 //! that shrinks meanwhile is an error and not a signal.
 
-use std::{fs::File, os::unix::fs::FileExt as _};
+use std::{collections::BTreeSet, fs::File, os::unix::fs::FileExt as _};
 
 use object::{
     LittleEndian as LE,
     elf::{
         ELFCLASS64, ELFDATA2LSB, ELFMAG, EM_X86_64, FileHeader64, NT_GNU_BUILD_ID, NoteHeader64, PF_X, PT_GNU_EH_FRAME,
-        PT_LOAD, PT_NOTE, ProgramHeader64, SHF_COMPRESSED, SHT_DYNSYM, SHT_NOBITS, SHT_SYMTAB, SectionHeader64,
+        PT_LOAD, PT_NOTE, ProgramHeader64, SHF_COMPRESSED, SHF_EXECINSTR, SHT_DYNSYM, SHT_NOBITS, SHT_SYMTAB, STT_FUNC,
+        SectionHeader64, Sym64,
     },
     pod,
 };
@@ -26,6 +27,8 @@ const MAX_SECTIONS: usize = 4096;
 const MAX_SECTION_NAMES: usize = 256 << 10;
 /// Most bytes of symbol tables that are worth reading: four million symbols. Their index takes a third of it.
 const MAX_SYMBOL_BYTES: u64 = 96 << 20;
+/// Most bytes of a symbol table in which functions are looked for: about 350,000 symbols.
+const MAX_FUNCTION_BYTES: u64 = 8 << 20;
 /// Longest build ID kept.
 const MAX_BUILD_ID: usize = 64;
 
@@ -49,6 +52,8 @@ pub(crate) struct Section {
     pub(crate) offset: u64,
     /// Bytes in the file.
     pub(crate) size: u64,
+    /// Whether it holds instructions.
+    pub(crate) is_code: bool,
     /// Whether its contents are compressed, behind a compression header.
     pub(crate) is_compressed: bool,
 }
@@ -111,6 +116,7 @@ pub(crate) fn sections(file: &File) -> Vec<Section> {
                 address: section.sh_addr.get(LE),
                 offset: section.sh_offset.get(LE),
                 size: section.sh_size.get(LE),
+                is_code: section.sh_flags.get(LE) & u64::from(SHF_EXECINSTR) != 0,
                 is_compressed: section.sh_flags.get(LE) & u64::from(SHF_COMPRESSED) != 0,
             })
         });
@@ -129,6 +135,29 @@ pub(crate) fn unwind_index(file: &File) -> Option<UnwindIndex> {
     })?;
     let part_end = part.p_offset.get(LE).checked_add(part.p_filesz.get(LE))?;
     Some(UnwindIndex { address, offset, size: index.p_filesz.get(LE), part_end })
+}
+
+/// Stated address of the program's first instruction.
+pub(crate) fn entry(file: &File) -> Option<u64> {
+    Some(header(file)?.e_entry.get(LE))
+}
+
+/// Stated addresses of the functions that the file's symbols name; none where the tables are absurdly large.
+pub(crate) fn functions(file: &File) -> BTreeSet<u64> {
+    let headers = header(file).and_then(|header| section_headers(file, &header)).unwrap_or_default();
+    let is_symbols = |section: &&SectionHeader64<LE>| matches!(section.sh_type.get(LE), SHT_SYMTAB | SHT_DYNSYM);
+    let mut functions = BTreeSet::new();
+    for section in headers.iter().filter(is_symbols).filter(|section| section.sh_size.get(LE) <= MAX_FUNCTION_BYTES) {
+        let size = usize::try_from(section.sh_size.get(LE)).unwrap_or(usize::MAX);
+        let Some(bytes) = read(file, section.sh_offset.get(LE), size) else { continue };
+        let Ok((symbols, _)) = pod::slice_from_bytes::<Sym64<LE>>(&bytes, size / size_of::<Sym64<LE>>()) else {
+            continue;
+        };
+        functions.extend(
+            symbols.iter().filter(|symbol| symbol.st_info & 0xf == STT_FUNC).map(|symbol| symbol.st_value.get(LE)),
+        );
+    }
+    functions
 }
 
 fn header(file: &File) -> Option<Header> {

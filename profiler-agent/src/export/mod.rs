@@ -80,6 +80,7 @@ pub(crate) mod testing {
     /// Two threads share a whole stack; a third has one that is cut off.
     pub(crate) fn profile() -> Profile {
         let executable = Arc::new(Executable {
+            table: 1,
             id: ExecutableId(1),
             path: "/opt/libx.so".to_owned(),
             build_id: Some(vec![0xab; 20].into()),

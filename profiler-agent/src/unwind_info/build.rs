@@ -7,6 +7,7 @@ use std::{
     fs::File,
     hash::{BuildHasher, Hasher as _},
     io::Read as _,
+    sync::Arc,
 };
 
 use flate2::read::ZlibDecoder;
@@ -14,6 +15,7 @@ use gimli::{BaseAddresses, EhFrameHdr, LittleEndian, Pointer};
 use profiler_common::unwind::rule::{Rule, cfa};
 
 use super::{
+    code,
     dwarf::{self, Function},
     go::GoTable,
     table::{NO_RULE, Rules, Table, TableWriter, TooLarge},
@@ -27,22 +29,28 @@ use crate::{
 const MAX_SECTION: u64 = 48 << 20;
 /// Gaps between functions up to this many bytes are padding, which never runs.
 const MAX_PADDING: u64 = 16;
+/// Most bytes of code of one file whose rules are guessed.
+const MAX_GUESSED: u64 = 4 << 20;
+/// Most bytes of one piece of such code: what is larger was not made by a compiler of C.
+const MAX_GAP: u64 = 1 << 20;
 /// Bytes of an entry of the procedure linkage table.
 const PLT_ENTRY: u64 = 16;
 /// Where debug files are kept by build ID.
 const DEBUG_FILES: &str = "/usr/lib/debug/.build-id";
 
 /// What a file says about its frames, read but not understood yet.
-#[derive(Default)]
 pub(super) struct Source {
-    /// Stated addresses of its code: start and end.
-    code: Vec<(u64, u64)>,
+    file: Arc<File>,
+    /// Stated addresses of its code, start and end, and the place of the start in the file.
+    code: Vec<(u64, u64, u64)>,
     /// `.eh_frame`, and where it is loaded.
     eh_frame: Option<(Vec<u8>, u64)>,
     debug_frame: Option<Vec<u8>>,
     /// Procedure linkage tables: start, end, and the rule of their entries.
     linkage: Vec<(u64, u64, Linkage)>,
     go: Option<GoTable>,
+    /// Stated address of the program's first instruction.
+    entry: u64,
     /// Stated address of `.text`.
     text: u64,
 }
@@ -63,6 +71,7 @@ enum Origin {
     EhFrame,
     DebugFrame,
     Linkage,
+    Code,
 }
 
 impl Source {
@@ -72,18 +81,30 @@ impl Source {
         let sections = elf::sections(&file);
         let find = |name: &str| sections.iter().find(|section| section.name == name);
         let end = |start: u64, size: u64| start.checked_add(size).filter(|&end| end > start);
+        let of_sections = sections
+            .iter()
+            .filter(|section| section.is_code)
+            .filter_map(|section| Some((section.address, end(section.address, section.size)?, section.offset)));
+        let of_segments = executable
+            .segments
+            .iter()
+            .filter_map(|segment| Some((segment.address.0, end(segment.address.0, segment.size)?, segment.offset.0)));
+        let mut code: Vec<_> = of_sections.collect();
+        if code.is_empty() {
+            code = of_segments.collect();
+        }
+        code.sort_unstable();
         let mut source = Self {
-            code: executable
-                .segments
-                .iter()
-                .filter_map(|segment| Some((segment.address.0, end(segment.address.0, segment.size)?)))
-                .collect(),
+            code,
             eh_frame: find(".eh_frame")
                 .and_then(|section| Some((read(&file, section)?, section.address)))
                 .or_else(|| eh_frame_by_index(&file)),
             debug_frame: find(".debug_frame").and_then(|section| read(&file, section)),
+            linkage: Vec::new(),
+            go: GoTable::find(&file, &sections),
+            entry: elf::entry(&file).unwrap_or_default(),
             text: find(".text").map_or(0, |section| section.address),
-            ..Self::default()
+            file: Arc::clone(&file),
         };
         if source.debug_frame.is_none() {
             source.debug_frame = executable.build_id.as_deref().and_then(separate_debug_frame);
@@ -99,7 +120,6 @@ impl Source {
                 source.linkage.push((section.address, end, linkage));
             }
         }
-        source.go = GoTable::find(&file, &sections);
         Some(source)
     }
 
@@ -108,10 +128,11 @@ impl Source {
     pub(super) fn fingerprint(&self, hasher: &impl BuildHasher) -> u64 {
         let mut state = hasher.build_hasher();
         let mut word = |word: u64| state.write_u64(word);
-        for &(start, end) in &self.code {
+        for &(start, end, _) in &self.code {
             word(start);
             word(end);
         }
+        word(self.entry);
         for &(start, end, linkage) in &self.linkage {
             word(start);
             word(end);
@@ -135,7 +156,7 @@ impl Source {
     }
 
     /// Builds the table. `Ok(None)`: the file says nothing about its frames.
-    pub(super) fn build(mut self, rules: &mut Rules, max_rows: usize) -> Result<Option<Table>, TooLarge> {
+    pub(super) fn build(mut self, rules: &mut Rules, max_rows: usize) -> Result<Option<Built>, TooLarge> {
         let (eh_bytes, eh_address) = self.eh_frame.take().unwrap_or_default();
         let debug_bytes = self.debug_frame.take().unwrap_or_default();
         let mut eh_frame = dwarf::eh_frame(&eh_bytes, eh_address, self.text);
@@ -143,7 +164,7 @@ impl Source {
         let mut ranges: Vec<(Function, Origin)> = Vec::new();
         let mut add = |origin: Origin, functions: Vec<Function>| {
             let is_code = |function: &Function| {
-                self.code.iter().any(|&(start, end)| start <= function.start && function.end <= end)
+                self.code.iter().any(|&(start, end, _)| start <= function.start && function.end <= end)
             };
             ranges.extend(functions.into_iter().filter(is_code).map(|function| (function, origin)));
         };
@@ -152,6 +173,11 @@ impl Source {
         add(Origin::Go, self.go.as_mut().map(GoTable::functions).unwrap_or_default());
         let linkage = self.linkage.iter().enumerate();
         add(Origin::Linkage, linkage.map(|(entry, &(start, end, _))| Function { start, end, entry }).collect());
+        ranges.sort_unstable_by_key(|&(function, origin)| (function.start, origin, function.end));
+        let guessed = self.guess(&ranges);
+        let is_guessed = !guessed.is_empty();
+        let function = |(entry, gap): (usize, &Gap)| (Function { start: gap.start, end: gap.end, entry }, Origin::Code);
+        ranges.extend(guessed.iter().enumerate().map(function));
         if ranges.is_empty() {
             return Ok(None);
         }
@@ -186,6 +212,12 @@ impl Source {
                 Origin::EhFrame => eh_frame.rows(function, &mut row),
                 Origin::DebugFrame => debug_frame.rows(function, &mut row),
                 Origin::Go => self.go.as_mut().map_or(Ok(()), |go| go.rows(function, &mut row)),
+                Origin::Code => {
+                    for &(address, rule) in guessed.get(function.entry).map_or(&[][..], |gap| &gap.rows) {
+                        row(address, rule);
+                    }
+                    Ok(())
+                }
                 Origin::Linkage => {
                     linkage_rows(function, self.linkage.get(function.entry).map(|entry| entry.2), &mut row);
                     Ok(())
@@ -198,8 +230,60 @@ impl Source {
             covered = function.end;
         }
         writer.push(covered, NO_RULE)?;
-        Ok(Some(writer.finish()))
+        Ok(Some(Built { table: writer.finish(), is_guessed }))
     }
+
+    /// Reads the code that `ranges`, in the order of their starts, leave uncovered, and guesses its rows.
+    fn guess(&self, ranges: &[(Function, Origin)]) -> Vec<Gap> {
+        let mut pieces = Vec::new();
+        let mut left = MAX_GUESSED;
+        let mut next = ranges.iter().peekable();
+        for &(start, end, offset) in &self.code {
+            let mut covered = start;
+            loop {
+                let range = next.next_if(|(function, _)| function.start < end);
+                let stop = range.map_or(end, |(function, _)| function.start.max(covered));
+                let size = stop.saturating_sub(covered);
+                if size > MAX_PADDING && size <= left.min(MAX_GAP) {
+                    left -= size;
+                    pieces.push((covered, size, offset.saturating_add(covered - start)));
+                }
+                let Some((function, _)) = range else { break };
+                covered = covered.max(function.end);
+            }
+        }
+        if pieces.is_empty() {
+            return Vec::new();
+        }
+        let read = |size: u64, offset: u64| elf::read(&self.file, offset, usize::try_from(size).ok()?);
+        let mut functions = elf::functions(&self.file);
+        let code_size = self.code.iter().fold(0u64, |sum, (start, end, _)| sum.saturating_add(end - start));
+        if code_size <= MAX_GUESSED {
+            // Small enough to look for calls in what is covered, too.
+            for &(start, end, offset) in &self.code {
+                functions.extend(read(end - start, offset).iter().flat_map(|bytes| code::called(bytes, start)));
+            }
+        }
+        let guess = |(start, size, offset): (u64, u64, u64)| {
+            let rows = code::rows(&read(size, offset)?, start, self.entry, &functions);
+            (!rows.is_empty()).then_some(Gap { start, end: start + size, rows })
+        };
+        pieces.into_iter().filter_map(guess).collect()
+    }
+}
+
+/// A finished table.
+pub(super) struct Built {
+    pub(super) table: Table,
+    /// Whether code was looked at besides what the fingerprint covers.
+    pub(super) is_guessed: bool,
+}
+
+/// A piece of code that nothing covers, and its guessed rows.
+struct Gap {
+    start: u64,
+    end: u64,
+    rows: Vec<(u64, Rule)>,
 }
 
 /// The rows of a procedure linkage table: what its instructions do to the stack pointer.

@@ -4,6 +4,7 @@
 //! fraction of a second of CPU time, so it has a thread of its own, which starts with what most samples miss.
 
 mod build;
+mod code;
 mod dwarf;
 mod go;
 mod store;
@@ -22,11 +23,17 @@ use profiler_common::abi::tables::TableState;
 use tracing::{debug, warn};
 
 pub use self::store::{StoreStats, TableMaps};
-use self::{build::Source, store::Store, table::Rules};
+use self::{
+    build::{Built, Source},
+    store::Store,
+    table::Rules,
+};
 use crate::profile::Executable;
 
 /// Kernel memory for rows unless the operator says otherwise: some 16 million rows.
 pub const DEFAULT_TABLE_BYTES: usize = 64 << 20;
+/// Spreads small numbers over 64 bits: 2^64 divided by the golden ratio.
+const UNIQUE: u64 = 0x9e37_79b9_7f4a_7c15;
 /// How long the thread sleeps without being asked for anything.
 const IDLE: Duration = Duration::from_secs(5);
 
@@ -178,7 +185,10 @@ impl<M: TableMaps> Worker<M> {
         let built = source.build(&mut self.rules, self.store.max_rows());
         self.stats.build_time_ns += u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         match built {
-            Ok(Some(table)) => {
+            Ok(Some(Built { table, is_guessed })) => {
+                // What was guessed depends on code that is not in the fingerprint: it is not shared.
+                let unique = if is_guessed { u64::from(executable.id.0).wrapping_add(1) } else { 0 };
+                let fingerprint = fingerprint ^ unique.wrapping_mul(UNIQUE);
                 self.stats.built += 1;
                 self.stats.rows_built += table.rows.len() as u64;
                 debug!(

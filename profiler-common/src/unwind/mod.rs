@@ -121,7 +121,7 @@ pub fn step(
     let offset = i64::from(rule.cfa_offset) as u64;
     let addend = i64::from(rule.cfa_addend) as u64;
     let mut may_switch = false;
-    let address = match rule.cfa {
+    let address = match rule.cfa & !cfa::GUESSED {
         cfa::STACK_POINTER => registers.sp.wrapping_add(offset),
         cfa::FRAME_POINTER => registers.fp.read(memory)?.wrapping_add(offset),
         cfa::BASE_POINTER => registers.bx.read(memory)?.wrapping_add(offset),

@@ -39,6 +39,9 @@ pub mod cfa {
     /// A jump out of the frame: the caller goes on at register number `cfa_addend` (in `struct pt_regs` words),
     /// with stack pointer plus `cfa_offset`; known in the leaf frame only. Exceptions land this way.
     pub const LEAF_JUMP: u8 = 13;
+    /// Added to another value where the rule is not stated but guessed from the code: the caller it leads to has to
+    /// look like one.
+    pub const GUESSED: u8 = 0x80;
 }
 
 /// How the caller's frame pointer is found. Values of [`Rule::fp`].

@@ -50,8 +50,18 @@ pub fn caller(scratch: &mut Scratch) -> Result<Registers, StackEnd> {
         find_mapping(scratch, address)?;
     }
     let rule = find_rule(scratch, address)?;
+    if rule.cfa & cfa::GUESSED != 0 {
+        return match step(rule, &scratch.registers, None, &mut UserMemory) {
+            Ok(caller) if is_likely(&caller) => {
+                scratch.is_return = 1;
+                Ok(caller)
+            }
+            Err(StackEnd::Root) => Err(StackEnd::Root),
+            _ => uncovered_caller(scratch),
+        };
+    }
     if rule.cfa == cfa::FRAME_POINTER_CHAIN {
-        return uncovered_caller(scratch, rule);
+        return uncovered_caller(scratch);
     }
     let leaf = if scratch.is_leaf == 1 { Some(&scratch.user_registers) } else { None };
     let caller = step(rule, &scratch.registers, leaf, &mut UserMemory)?;
@@ -76,22 +86,30 @@ fn leave_signal_handler(scratch: &mut Scratch) {
 /// Finds the caller of a frame that no table covers, by its frame pointer. The caller found has to look like
 /// one, so that frames are never invented.
 #[inline(always)]
-fn uncovered_caller(scratch: &mut Scratch, rule: &Rule) -> Result<Registers, StackEnd> {
+fn uncovered_caller(scratch: &mut Scratch) -> Result<Registers, StackEnd> {
+    const CHAIN: Rule = Rule::plain(cfa::FRAME_POINTER_CHAIN);
     if let Some(code) = UserMemory.read_word(scratch.registers.pc)
         && is_signal_trampoline(code)
     {
         leave_signal_handler(scratch);
         return step(&Rule::plain(cfa::SIGNAL_FRAME), &scratch.registers, None, &mut UserMemory);
     }
-    let caller = step(rule, &scratch.registers, None, &mut UserMemory)?;
-    let Some(before) = UserMemory.read_word(caller.pc.wrapping_sub(8)) else {
-        return Err(StackEnd::FramePointerLost);
-    };
-    if !follows_a_call(before) {
+    let caller = step(&CHAIN, &scratch.registers, None, &mut UserMemory)?;
+    if !is_likely(&caller) {
         return Err(StackEnd::FramePointerLost);
     }
     scratch.is_return = 1;
     Ok(caller)
+}
+
+/// Whether a caller that was guessed is one: its code has just made a call, or it is what signal handlers return
+/// to.
+#[inline(always)]
+fn is_likely(caller: &Registers) -> bool {
+    match UserMemory.read_pair(caller.pc.wrapping_sub(8)) {
+        Some([before, after]) => follows_a_call(before) || is_signal_trampoline(after),
+        None => false,
+    }
 }
 
 /// Makes the mapping at `address` the current place.
