@@ -1,6 +1,7 @@
 //! `cargo xtask COMMAND`: set-up, build, run, test and checks. One file per command; std only, so that it
 //! compiles in a moment on a fresh machine.
 
+mod bench;
 mod build;
 mod process;
 mod run;
@@ -26,6 +27,7 @@ Commands:
   build   build agent and kernel programs in release mode
   run     set up, build, and profile this machine: starts the agent and a receiver that prints what arrives
   test    set up, build, and run every test this machine can run
+  bench   measure what profiling costs on a fixed set of programs (as root)
   tidy    check format, lints and layout rules
 
 Examples:
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         "build" => build::main(&workspace),
         "run" => run::main(&workspace),
         "test" => test::main(&workspace, rest),
+        "bench" => bench::main(&workspace, rest),
         "tidy" => tidy::main(&workspace),
         "--help" | "-h" | "help" => {
             println!("{HELP}");
