@@ -296,8 +296,8 @@ impl<M: TableMaps> Store<M> {
             }
             let Some((chunk, last)) = placed.last() else { return Ok(None) };
             let first = last.first + last.len - room;
-            // SANITY: chunks have 2^16 rows, so the index of one fits.
-            entries.push(Page { chunk: *chunk, first: first as u16, rows });
+            // SANITY: chunks have 2^16 rows, so the index of one fits; tables are written with fewer a page.
+            entries.push(Page::new(*chunk, first as u16, rows as u16));
             room -= rows;
             left -= rows;
         }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use profiler_common::{
-    abi::tables::{CHUNK_ROWS, MAX_PAGES, MAX_RULES, PAGE_SHIFT, Row},
+    abi::tables::{MAX_PAGES, MAX_RULES, PAGE_SHIFT, Page, Row},
     unwind::rule::{Rule, cfa},
 };
 
@@ -121,7 +121,7 @@ impl TableWriter {
                 rows.push(Row::new(place, rule));
             }
         }
-        if rows.len() > self.max_rows || rows.len() - page_start > CHUNK_ROWS { Err(TooLarge::Rows) } else { Ok(()) }
+        if rows.len() > self.max_rows || rows.len() - page_start > Page::MAX_ROWS { Err(TooLarge::Rows) } else { Ok(()) }
     }
 
     /// Ends every page before `page`, and carries the current rule over into each that follows.

@@ -59,7 +59,20 @@ pub struct Page {
     /// Index of the first row in the chunk.
     pub first: u16,
     /// How many rows; zero: no table covers the page.
-    pub rows: u32,
+    pub rows: u16,
+    /// First step of a binary search: the largest power of two below `rows`, or zero.
+    pub first_half: u16,
+}
+
+impl Page {
+    /// The most rows a page can have.
+    pub const MAX_ROWS: usize = u16::MAX as usize;
+
+    /// A page whose `rows` rows, at least one, begin at `first` in `chunk`.
+    pub const fn new(chunk: u16, first: u16, rows: u16) -> Self {
+        let first_half = if rows > 1 { 1 << (rows - 1).ilog2() } else { 0 };
+        Self { chunk, first, rows, first_half }
+    }
 }
 
 /// What is known about an executable's table.

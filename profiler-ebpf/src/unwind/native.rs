@@ -187,27 +187,33 @@ fn find_rule(scratch: &mut Scratch, address: u64) -> Result<&'static Rule, Stack
         return rule(0);
     }
     let Some(chunk) = CHUNKS.get_value(u32::from(page.chunk), &0) else { return Err(StackEnd::TablePending) };
-    rule(last_row_up_to(&mut scratch.search, chunk, *page, stated as u16).rule())
+    rule(last_row_up_to(chunk, page, stated & 0xffff).rule())
 }
 
 /// The last row of a page that begins at or before `place`. The first one begins at zero.
+///
+/// Which way a step goes is as good as random, so the steps have no branches that could be predicted wrongly.
 #[inline(always)]
-fn last_row_up_to(bounds: &mut Bounds, chunk: &[Row; CHUNK_ROWS], page: Page, place: u16) -> Row {
-    let row_at = |index: u32| chunk[(u32::from(page.first) + index) as usize & (CHUNK_ROWS - 1)];
-    let mut search = Search::start(bounds, 0, page.rows);
+fn last_row_up_to(chunk: &[Row; CHUNK_ROWS], page: &Page, place: u64) -> Row {
+    const MASK: u64 = CHUNK_ROWS as u64 - 1;
+    let (first, rows) = (u64::from(page.first), u64::from(page.rows));
+    let row_at = |index: u64| chunk[((first + index) & MASK) as usize];
+    let mut found = 0;
+    let mut half = u64::from(page.first_half);
     for _ in 0..CHUNK_ROWS.ilog2() {
-        let (low, high) = search.bounds();
-        let middle = low + high.wrapping_sub(low) / 2;
-        if middle == low {
+        if half == 0 {
             break;
         }
-        if row_at(middle).place() <= place {
-            search.set_low(middle);
-        } else {
-            search.set_high(middle);
-        }
+        let candidate = found + half;
+        let begins = u64::from(row_at(candidate).place());
+        // All ones where the candidate is in the page and begins early enough. The compiler must not see that
+        // these are comparisons: it would make them branches.
+        let is_before = (opaque(begins.wrapping_sub(place + 1)) as i64 >> 63) as u64;
+        let is_inside = (opaque(candidate.wrapping_sub(rows)) as i64 >> 63) as u64;
+        found += half & is_before & is_inside;
+        half /= 2;
     }
-    row_at(search.bounds().0)
+    row_at(found)
 }
 
 /// The bounds of a binary search.

@@ -1,0 +1,48 @@
+#!/bin/busybox sh
+# The first process of a VM of `cargo xtask kernels`. It prepares the machine, runs what /runs says, and switches
+# off. What the host reads stands between lines that begin with @@kernels@@.
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mount -t tmpfs tmpfs /tmp
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+exec </dev/null >/dev/ttyS0 2>&1
+# Kernel messages would end up in the middle of stacks; all of them follow at the end.
+dmesg -n 1
+
+say() {
+    echo "@@kernels@@ $*"
+}
+
+# record NAME FLAGS COMMAND...: records a command. Both outputs go to files first: a terminal is slower than them
+# and would be shown progress.
+record() {
+    name=$1 flags=$2
+    shift 2
+    # shellcheck disable=SC2086 # no flag has spaces
+    /profiler-agent record --frequency 99 --format folded --output - $flags -- "$@" >/tmp/stdout 2>/tmp/stderr
+    status=$?
+    say "run $name"
+    say "status $status"
+    say stderr
+    cat /tmp/stderr
+    say stdout
+    cat /tmp/stdout
+    say end
+    if [ $status != 0 ] && [ ! -e /tmp/explained ]; then
+        touch /tmp/explained
+        echo "The same again, with the debug log's last 64 KiB, for people:"
+        # shellcheck disable=SC2086
+        /profiler-agent --log-level debug record --output /tmp/again.folded $flags -- "$@" 2>&1 | tail -c 65536
+    fi
+}
+
+say "release $(uname -r)"
+/profiler-agent check
+. /runs
+echo "Kernel messages:"
+dmesg | tail -n 100
+say done
+poweroff -f
