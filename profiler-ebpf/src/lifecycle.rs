@@ -20,12 +20,12 @@ use crate::{
     scope,
 };
 
-/// Identity of the process that `task` is a thread of; `leader` is its thread group leader.
+/// Identity of the process `tgid` that `task` is a thread of; `leader` is its thread group leader.
 #[inline(always)]
-pub fn process_key(task: u64, leader: u64) -> ProcessKey {
+pub fn process_key(task: u64, leader: u64, tgid: u32) -> ProcessKey {
     ProcessKey {
         start_time_ns: kernel(leader, loaded!(LAYOUT.task_start_boottime)),
-        tgid: kernel(task, loaded!(LAYOUT.task_tgid)),
+        tgid,
         exec_id: kernel(task, loaded!(LAYOUT.task_self_exec_id)),
     }
 }
@@ -80,7 +80,7 @@ pub fn fork(ctx: &BtfTracePointContext) {
     }
     debug!(ctx, "fork: {} -> {}", parent_tgid, child_tgid);
     let parent = current_process();
-    let child = process_key(child, kernel(child, loaded!(LAYOUT.task_group_leader)));
+    let child = process_key(child, kernel(child, loaded!(LAYOUT.task_group_leader)), child_tgid);
     let is_announced = send(ForkNotice {
         header: NoticeHeader { kind: NoticeKind::Fork as u32, reserved: 0, process: parent },
         child,
@@ -131,7 +131,7 @@ fn current_tgid() -> u32 {
 fn current_process() -> ProcessKey {
     // SAFETY: the helper only returns the current task's address.
     let task = unsafe { generated::bpf_get_current_task() };
-    process_key(task, kernel(task, loaded!(LAYOUT.task_group_leader)))
+    process_key(task, kernel(task, loaded!(LAYOUT.task_group_leader)), current_tgid())
 }
 
 /// Sends one record; the agent is woken unless it is still busy with earlier ones. False: there was no room.

@@ -1,23 +1,68 @@
 //! The only reads of user and kernel memory, and the few operations the BPF target lacks.
 
-use aya_ebpf::helpers::{bpf_probe_read_kernel, bpf_probe_read_user};
+use aya_ebpf::helpers::{bpf_probe_read_kernel, bpf_probe_read_user, generated};
 use profiler_common::unwind::Memory;
 
-/// Memory of the current thread's process.
-pub struct UserMemory;
+/// Words of the stack that are read at once.
+const WINDOW_WORDS: usize = 32;
 
-impl Memory for UserMemory {
+/// A piece of the stack that was read: callers' frames are mostly small and lie close together, and reading 16
+/// bytes takes nearly as long as reading 256.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct StackWindow {
+    /// Address of the first word; zero: nothing was read.
+    pub start: u64,
+    words: [u64; WINDOW_WORDS],
+}
+
+/// Memory of the current thread's process, stack first.
+pub struct UserMemory<'a>(pub &'a mut StackWindow);
+
+impl Memory for UserMemory<'_> {
     #[inline(always)]
     fn read_pair(&mut self, address: u64) -> Option<[u64; 2]> {
-        // SAFETY: the helper checks the address and fails instead of faulting.
-        unsafe { bpf_probe_read_user(address as *const [u64; 2]) }.ok()
+        const LAST_PAIR: u64 = (WINDOW_WORDS as u64 - 2) * 8;
+        let window = &mut *self.0;
+        let mut offset = address.wrapping_sub(window.start);
+        if offset > LAST_PAIR || offset & 7 != 0 {
+            // SAFETY: the destination has the size that is read; the helper checks the source.
+            let failed = unsafe {
+                generated::bpf_probe_read_user(
+                    window.words.as_mut_ptr().cast(),
+                    (WINDOW_WORDS * 8) as u32,
+                    address as *const _,
+                )
+            };
+            if failed != 0 {
+                // The end of the stack may be near.
+                window.start = 0;
+                // SAFETY: the helper checks the address and fails instead of faulting.
+                return unsafe { bpf_probe_read_user(address as *const [u64; 2]) }.ok();
+            }
+            window.start = address;
+            offset = 0;
+        }
+        let index = opaque(offset / 8) as usize;
+        Some([window.words[index & (WINDOW_WORDS - 1)], window.words[(index + 1) & (WINDOW_WORDS - 1)]])
     }
 
     #[inline(always)]
     fn read_word(&mut self, address: u64) -> Option<u64> {
-        // SAFETY: as above.
+        let offset = address.wrapping_sub(self.0.start);
+        if offset < WINDOW_WORDS as u64 * 8 && offset & 7 == 0 {
+            return Some(self.0.words[opaque(offset / 8) as usize & (WINDOW_WORDS - 1)]);
+        }
+        // SAFETY: the helper checks the address and fails instead of faulting.
         unsafe { bpf_probe_read_user(address as *const u64) }.ok()
     }
+}
+
+/// Two consecutive words of code, or `None` where they cannot be read.
+#[inline(always)]
+pub fn code_pair(address: u64) -> Option<[u64; 2]> {
+    // SAFETY: the helper checks the address and fails instead of faulting.
+    unsafe { bpf_probe_read_user(address as *const [u64; 2]) }.ok()
 }
 
 /// Reads a kernel object's member; zero where it cannot be read.

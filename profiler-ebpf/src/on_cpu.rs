@@ -59,7 +59,7 @@ pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&PerfEventContext, &mut Scra
     // SAFETY: the helper only returns the current task's address.
     let task = unsafe { bpf_get_current_task() };
 
-    fill_header(&mut scratch.sample.header, task);
+    fill_header(&mut scratch.sample.header, task, tgid);
     let flags: u32 = kernel(task, loaded!(LAYOUT.task_flags));
     scratch.frames = 0;
     scratch.hash = hash_header(&scratch.sample.header);
@@ -107,12 +107,13 @@ fn finish(scratch: &mut Scratch) {
 }
 
 #[inline(always)]
-fn fill_header(header: &mut SampleHeader, task: u64) {
+fn fill_header(header: &mut SampleHeader, task: u64, tgid: u32) {
     let leader: u64 = kernel(task, loaded!(LAYOUT.task_group_leader));
     header.count = 1;
-    header.process = lifecycle::process_key(task, leader);
-    header.process_comm = kernel::<Comm>(leader, loaded!(LAYOUT.task_comm));
+    header.process = lifecycle::process_key(task, leader, tgid);
     header.thread_comm = bpf_get_current_comm().unwrap_or_default();
+    header.process_comm =
+        if leader == task { header.thread_comm } else { kernel::<Comm>(leader, loaded!(LAYOUT.task_comm)) };
     header.kind = EventKind::OnCpu as u8;
     header.user_end = StackEnd::DepthLimit as u8;
     header.reserved = [0; 2];

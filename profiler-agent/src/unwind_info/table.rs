@@ -121,7 +121,11 @@ impl TableWriter {
                 rows.push(Row::new(place, rule));
             }
         }
-        if rows.len() > self.max_rows || rows.len() - page_start > Page::MAX_ROWS { Err(TooLarge::Rows) } else { Ok(()) }
+        if rows.len() > self.max_rows || rows.len() - page_start > Page::MAX_ROWS {
+            Err(TooLarge::Rows)
+        } else {
+            Ok(())
+        }
     }
 
     /// Ends every page before `page`, and carries the current rule over into each that follows.

@@ -20,7 +20,7 @@ use profiler_common::{
 use crate::{
     aggregate::mix,
     maps::{self, PROCESSES, WALK_ON},
-    memory::opaque,
+    memory::{StackWindow, opaque},
 };
 
 /// Frames walked by one program where the loop has to be bounded by the verifier. The kernel lets 33 programs
@@ -43,6 +43,8 @@ pub struct Scratch {
     mappings: MappingRange,
     /// Where the last frame was.
     place: native::Place,
+    /// The part of the stack that was read last.
+    window: StackWindow,
     /// Bounds of the search that is under way.
     search: native::Bounds,
     /// 1: no caller has been found yet.
@@ -60,6 +62,7 @@ pub fn start(scratch: &mut Scratch) {
     scratch.is_leaf = 1;
     scratch.is_return = 0;
     native::start(&mut scratch.place);
+    scratch.window.start = 0;
     scratch.mappings = match PROCESSES.get_ptr(scratch.sample.header.process) {
         // SAFETY: a value of this preallocated map stays readable while the program runs.
         Some(range) => unsafe { *range },

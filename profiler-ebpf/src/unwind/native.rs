@@ -10,7 +10,7 @@ use profiler_common::{
         tables::{CHUNK_ROWS, ExecutableTable, MAPPING_SEARCH_STEPS, MappingRecord, PAGE_SHIFT, Page, Row, TableState},
     },
     unwind::{
-        Memory as _, Registers, follows_a_call, is_signal_trampoline,
+        Registers, follows_a_call, is_signal_trampoline,
         rule::{Rule, cfa},
         step,
     },
@@ -20,7 +20,7 @@ use super::Scratch;
 use crate::{
     lifecycle,
     maps::{CHUNKS, EXECUTABLES, MAPPINGS, PAGES, RULES},
-    memory::{UserMemory, opaque},
+    memory::{UserMemory, code_pair, opaque},
 };
 
 /// The mapping that the last frame was in, and its table: the next frame is likely in the same.
@@ -51,7 +51,7 @@ pub fn caller(scratch: &mut Scratch) -> Result<Registers, StackEnd> {
     }
     let rule = find_rule(scratch, address)?;
     if rule.cfa & cfa::GUESSED != 0 {
-        return match step(rule, &scratch.registers, None, &mut UserMemory) {
+        return match step(rule, &scratch.registers, None, &mut UserMemory(&mut scratch.window)) {
             Ok(caller) if is_likely(&caller) => {
                 scratch.is_return = 1;
                 Ok(caller)
@@ -64,7 +64,7 @@ pub fn caller(scratch: &mut Scratch) -> Result<Registers, StackEnd> {
         return uncovered_caller(scratch);
     }
     let leaf = if scratch.is_leaf == 1 { Some(&scratch.user_registers) } else { None };
-    let caller = step(rule, &scratch.registers, leaf, &mut UserMemory)?;
+    let caller = step(rule, &scratch.registers, leaf, &mut UserMemory(&mut scratch.window))?;
     scratch.is_return = u8::from(rule.cfa != cfa::LEAF_JUMP);
     if rule.cfa == cfa::SIGNAL_FRAME {
         leave_signal_handler(scratch);
@@ -88,13 +88,13 @@ fn leave_signal_handler(scratch: &mut Scratch) {
 #[inline(always)]
 fn uncovered_caller(scratch: &mut Scratch) -> Result<Registers, StackEnd> {
     const CHAIN: Rule = Rule::plain(cfa::FRAME_POINTER_CHAIN);
-    if let Some(code) = UserMemory.read_word(scratch.registers.pc)
+    if let Some([code, _]) = code_pair(scratch.registers.pc)
         && is_signal_trampoline(code)
     {
         leave_signal_handler(scratch);
-        return step(&Rule::plain(cfa::SIGNAL_FRAME), &scratch.registers, None, &mut UserMemory);
+        return step(&Rule::plain(cfa::SIGNAL_FRAME), &scratch.registers, None, &mut UserMemory(&mut scratch.window));
     }
-    let caller = step(&CHAIN, &scratch.registers, None, &mut UserMemory)?;
+    let caller = step(&CHAIN, &scratch.registers, None, &mut UserMemory(&mut scratch.window))?;
     if !is_likely(&caller) {
         return Err(StackEnd::FramePointerLost);
     }
@@ -106,7 +106,7 @@ fn uncovered_caller(scratch: &mut Scratch) -> Result<Registers, StackEnd> {
 /// to.
 #[inline(always)]
 fn is_likely(caller: &Registers) -> bool {
-    match UserMemory.read_pair(caller.pc.wrapping_sub(8)) {
+    match code_pair(caller.pc.wrapping_sub(8)) {
         Some([before, after]) => follows_a_call(before) || is_signal_trampoline(after),
         None => false,
     }
