@@ -2,17 +2,14 @@
 
 use core::ptr;
 
-use aya_ebpf::{
-    bindings::BPF_NOEXIST,
-    btf_maps::{ArrayOfMaps, HashMap},
-};
+use aya_ebpf::btf_maps::ArrayOfMaps;
 use profiler_common::abi::{
     counter::Counter,
-    sample::{MEDIUM_FRAMES, SMALL_FRAMES, Sample, SampleKey},
+    sample::{LARGE_FRAMES, MEDIUM_FRAMES, SMALL_FRAMES, Sample, SampleKey},
 };
 
 use crate::{
-    maps::{OVERFLOW, SAMPLES_LARGE, SAMPLES_MEDIUM, SAMPLES_SMALL, count},
+    maps::{Buffer, OVERFLOW, SAMPLES_LARGE, SAMPLES_MEDIUM, SAMPLES_SMALL, count},
     memory::atomic_add,
     unwind::Scratch,
 };
@@ -38,17 +35,17 @@ pub fn add(scratch: &Scratch) {
     };
     let frames = scratch.frames as usize;
     if frames <= SMALL_FRAMES {
-        add_to(&SAMPLES_SMALL, &key, scratch);
+        add_to::<_, SMALL_FRAMES>(&SAMPLES_SMALL, &key, scratch);
     } else if frames <= MEDIUM_FRAMES {
-        add_to(&SAMPLES_MEDIUM, &key, scratch);
+        add_to::<_, MEDIUM_FRAMES>(&SAMPLES_MEDIUM, &key, scratch);
     } else {
-        add_to(&SAMPLES_LARGE, &key, scratch);
+        add_to::<_, LARGE_FRAMES>(&SAMPLES_LARGE, &key, scratch);
     }
 }
 
 #[inline(always)]
-fn add_to<const FRAMES: usize>(
-    buffers: &ArrayOfMaps<HashMap<SampleKey, Sample<FRAMES>, 1>, 1>,
+fn add_to<const BYTES: usize, const FRAMES: usize>(
+    buffers: &ArrayOfMaps<Buffer<BYTES>, 1>,
     key: &SampleKey,
     scratch: &Scratch,
 ) {
@@ -56,18 +53,18 @@ fn add_to<const FRAMES: usize>(
         count(Counter::LostBuffer);
         return;
     };
-    if let Some(row) = buffer.get_ptr_mut(key) {
-        atomic_add(row.cast(), 1);
+    if let Some(row) = buffer.get_ptr_mut::<SampleKey, Sample<FRAMES>>(key) {
+        atomic_add(row.as_ptr().cast(), 1);
         return;
     }
     // SAFETY: FRAMES is at most the scratch sample's, so its first bytes are a valid sample of this class.
     let sample = unsafe { &*ptr::from_ref(&scratch.sample).cast::<Sample<FRAMES>>() };
-    if buffer.insert(key, sample, u64::from(BPF_NOEXIST)).is_ok() {
+    if buffer.add(key, sample) {
         return;
     }
     // Another CPU may have made the row in between.
-    if let Some(row) = buffer.get_ptr_mut(key) {
-        atomic_add(row.cast(), 1);
+    if let Some(row) = buffer.get_ptr_mut::<SampleKey, Sample<FRAMES>>(key) {
+        atomic_add(row.as_ptr().cast(), 1);
         return;
     }
     if OVERFLOW.output_untyped::<Sample<FRAMES>>(sample, 0).is_ok() {

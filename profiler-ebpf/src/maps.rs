@@ -1,7 +1,14 @@
 //! Every map the programs share with the agent. Names and shapes are part of the ABI.
 
+use core::ptr::{self, NonNull};
+
 use aya_ebpf::{
+    bindings::{
+        BPF_F_MMAPABLE, BPF_NOEXIST,
+        bpf_map_type::{BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_HASH},
+    },
     btf_maps::{Array, ArrayOfMaps, HashMap, PerCpuArray, ProgramArray, RingBuf},
+    helpers::generated::{bpf_map_lookup_elem, bpf_map_update_elem},
     macros::btf_map,
 };
 use profiler_common::{
@@ -20,18 +27,61 @@ use profiler_common::{
 
 use crate::unwind::Scratch;
 
-/// One buffer of aggregated samples. The agent makes the real ones and chooses their size; preallocated,
+/// The shape of maps that the agent makes and puts into a map of maps.
+///
+/// It gives sizes where other definitions give types: a map without type information can only take the place of
+/// another without (`bpf_map_meta_equal` compares `timer_off` from 5.15 to 6.2, which tells them apart).
+#[repr(C)]
+pub struct Inner<const KIND: usize, const KEY_BYTES: usize, const VALUE_BYTES: usize, const FLAGS: usize> {
+    r#type: *const [i32; KIND],
+    key_size: *const [i32; KEY_BYTES],
+    value_size: *const [i32; VALUE_BYTES],
+    max_entries: *const [i32; 1],
+    map_flags: *const [i32; FLAGS],
+}
+
+impl<const KIND: usize, const KEY_BYTES: usize, const VALUE_BYTES: usize, const FLAGS: usize>
+    Inner<KIND, KEY_BYTES, VALUE_BYTES, FLAGS>
+{
+    const fn check_sizes<K, V>() {
+        assert!(size_of::<K>() == KEY_BYTES && size_of::<V>() == VALUE_BYTES);
+    }
+
+    /// The value of a key, which stays readable while the program runs.
+    #[inline(always)]
+    pub fn get_ptr_mut<K, V>(&self, key: &K) -> Option<NonNull<V>> {
+        const { Self::check_sizes::<K, V>() };
+        // SAFETY: the kernel gave us the map's address in place of this definition's; the key has its size.
+        NonNull::new(unsafe { bpf_map_lookup_elem(ptr::from_ref(self).cast_mut().cast(), ptr::from_ref(key).cast()) })
+            .map(NonNull::cast)
+    }
+
+    /// Adds a key and its value. False: the key is there already, or there is no room.
+    #[inline(always)]
+    pub fn add<K, V>(&self, key: &K, value: &V) -> bool {
+        const { Self::check_sizes::<K, V>() };
+        let map = ptr::from_ref(self).cast_mut().cast();
+        // SAFETY: as above; the value has the map's size too.
+        let result = unsafe {
+            bpf_map_update_elem(map, ptr::from_ref(key).cast(), ptr::from_ref(value).cast(), u64::from(BPF_NOEXIST))
+        };
+        result == 0
+    }
+}
+
+/// One buffer of aggregated samples: `SampleKey` to `Sample`. The agent chooses how many it holds; preallocated,
 /// because the sampling program may run in an interrupt.
-pub type Buffer<const FRAMES: usize> = HashMap<SampleKey, Sample<FRAMES>, 1>;
+pub type Buffer<const VALUE_BYTES: usize> =
+    Inner<{ BPF_MAP_TYPE_HASH as usize }, { size_of::<SampleKey>() }, VALUE_BYTES, 0>;
 
 /// Slot 0 holds the buffer that is being filled. The agent swaps it; the swap returns only when no program
 /// uses the old buffer any more.
 #[btf_map]
-pub static SAMPLES_SMALL: ArrayOfMaps<Buffer<SMALL_FRAMES>, 1> = ArrayOfMaps::new();
+pub static SAMPLES_SMALL: ArrayOfMaps<Buffer<{ size_of::<Sample<SMALL_FRAMES>>() }>, 1> = ArrayOfMaps::new();
 #[btf_map]
-pub static SAMPLES_MEDIUM: ArrayOfMaps<Buffer<MEDIUM_FRAMES>, 1> = ArrayOfMaps::new();
+pub static SAMPLES_MEDIUM: ArrayOfMaps<Buffer<{ size_of::<Sample<MEDIUM_FRAMES>>() }>, 1> = ArrayOfMaps::new();
 #[btf_map]
-pub static SAMPLES_LARGE: ArrayOfMaps<Buffer<LARGE_FRAMES>, 1> = ArrayOfMaps::new();
+pub static SAMPLES_LARGE: ArrayOfMaps<Buffer<{ size_of::<Sample<LARGE_FRAMES>>() }>, 1> = ArrayOfMaps::new();
 
 /// Samples that found their buffer full or locked, each with a count of one.
 #[btf_map]
@@ -74,9 +124,14 @@ pub static EXECUTABLES: Array<ExecutableTable, MAX_EXECUTABLES> = Array::new();
 #[btf_map]
 pub static PAGES: Array<Page, MAX_PAGES> = Array::new();
 
-/// One chunk of rows: a single value, so that one lookup leads to all of them. Memory-mapped, so that the agent
+/// One chunk of rows: a single `[Row; CHUNK_ROWS]`, so that one lookup leads to all of them. Memory-mapped, so that the agent
 /// can change a part of it.
-pub type Chunk = Array<[Row; CHUNK_ROWS], 1, { aya_ebpf::bindings::BPF_F_MMAPABLE as usize }>;
+pub type Chunk = Inner<
+    { BPF_MAP_TYPE_ARRAY as usize },
+    { size_of::<u32>() },
+    { size_of::<[Row; CHUNK_ROWS]>() },
+    { BPF_F_MMAPABLE as usize },
+>;
 
 /// Rows, in chunks that the agent makes when it needs them.
 #[btf_map]

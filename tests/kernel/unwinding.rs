@@ -114,6 +114,14 @@ fn static_pie_stacks_are_whole() {
     }
 }
 
+/// The same with musl, which says nothing about its frames: its functions' rules are guessed from their code.
+#[test]
+fn musl_stacks_are_whole() {
+    if kernel_is_usable() {
+        check_c("musl", Native::CMusl);
+    }
+}
+
 /// C++: deep virtual calls, exceptions under way, a pool of threads.
 #[test]
 fn cpp_stacks_are_whole() {

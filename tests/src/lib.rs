@@ -248,8 +248,9 @@ pub fn http_get(port: u16, path: &str) -> Option<String> {
 /// A metric's value on the metrics page.
 pub fn metric(port: u16, name: &str) -> Option<f64> {
     let page = http_get(port, "/metrics")?;
-    let line = page.lines().find(|line| line.split(' ').next() == Some(name))?;
-    line.rsplit(' ').next()?.parse().ok()
+    // Labels may hold spaces.
+    let value = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+    value.parse().ok()
 }
 
 /// Asks again and again until there is an answer.

@@ -18,7 +18,6 @@ use crate::{
     pipeline::{self, DRAIN_INTERVAL, Pipeline},
     profile::Profile,
     status::{self, Stats},
-    unwind_info::DEFAULT_TABLE_BYTES,
 };
 
 const FRAME_CACHE_BYTES: usize = 16 << 20;
@@ -39,6 +38,9 @@ pub(super) struct Arguments {
     /// Samples per second and CPU.
     #[arg(long, env = "PROFILER_FREQUENCY")]
     frequency: Option<u64>,
+    /// Most kernel memory for the rows of unwind tables, MiB. What does not fit is evicted by least use.
+    #[arg(long, env = "PROFILER_UNWIND_TABLE_MIB", value_name = "MIB")]
+    unwind_table_mib: Option<u32>,
     /// OTLP gRPC endpoint that profiles are sent to. OTEL_EXPORTER_OTLP_ENDPOINT is used where this is not set.
     #[arg(long, env = "OTEL_EXPORTER_OTLP_PROFILES_ENDPOINT", value_name = "URL")]
     endpoint: Option<String>,
@@ -62,6 +64,8 @@ Examples:
 Configuration file, with the defaults:
   sampling:
     frequency: 99
+  unwind:
+    table_mib: 64
   export:
     endpoint: http://127.0.0.1:4317
     window: 15s
@@ -73,6 +77,7 @@ SIGINT and SIGTERM stop the daemon; the last window is exported first.";
 pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<ExitCode> {
     let overrides = Overrides {
         frequency: arguments.frequency,
+        table_mib: arguments.unwind_table_mib,
         endpoint: arguments.endpoint.or_else(|| std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok()),
         window: arguments.window,
         status: arguments.status_listen,
@@ -124,7 +129,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         period: Duration::from_nanos(1_000_000_000 / config.frequency),
         window: Some(config.window),
         frame_cache_bytes: FRAME_CACHE_BYTES,
-        unwind_table_bytes: DEFAULT_TABLE_BYTES,
+        unwind_table_bytes: config.table_bytes,
         watch: None,
     };
     let (mut pipeline, profiles) = Pipeline::start(kernel, options, &stats)?;

@@ -5,6 +5,8 @@ use std::{fs, net::SocketAddr, path::Path, time::Duration};
 use anyhow::{Context as _, bail};
 use serde::Deserialize;
 
+use crate::unwind_info::DEFAULT_TABLE_BYTES;
+
 /// Samples per second and CPU. Off the round hundred, so that sampling does not keep step with timers.
 pub const DEFAULT_FREQUENCY: u64 = 99;
 /// Where a local Collector or profiler-server listens.
@@ -14,11 +16,15 @@ const DEFAULT_WINDOW: Duration = Duration::from_secs(15);
 /// Shorter windows would swap buffers all the time, longer ones hold too much back.
 const WINDOW_RANGE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(600);
 
+/// Less than this would not hold the tables of one large program; more than this the kernel programs cannot address.
+const TABLE_MIB_RANGE: std::ops::RangeInclusive<u32> = 2..=(DEFAULT_TABLE_BYTES >> 20) as u32;
+
 /// The configuration file. Everything is optional.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct File {
     sampling: Sampling,
+    unwind: Unwind,
     export: Export,
     status: Status,
 }
@@ -27,6 +33,12 @@ struct File {
 #[serde(deny_unknown_fields, default)]
 struct Sampling {
     frequency: Option<u64>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Unwind {
+    table_mib: Option<u32>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -47,6 +59,8 @@ struct Status {
 pub struct Overrides {
     /// Samples per second and CPU.
     pub frequency: Option<u64>,
+    /// Most kernel memory for rows of unwind tables, MiB.
+    pub table_mib: Option<u32>,
     /// OTLP endpoint.
     pub endpoint: Option<String>,
     /// Length of a window.
@@ -60,6 +74,8 @@ pub struct Overrides {
 pub struct Config {
     /// Samples per second and CPU.
     pub frequency: u64,
+    /// Most kernel memory for rows of unwind tables, bytes.
+    pub table_bytes: usize,
     /// OTLP endpoint, gRPC.
     pub endpoint: String,
     /// How long samples are aggregated before they are exported.
@@ -100,7 +116,16 @@ impl Config {
                     .with_context(|| format!("status.listen: {text:?} is not an address such as {DEFAULT_STATUS}"))?
             }
         };
+        let table_mib = overrides.table_mib.or(file.unwind.table_mib).unwrap_or(*TABLE_MIB_RANGE.end());
+        if !TABLE_MIB_RANGE.contains(&table_mib) {
+            bail!(
+                "unwind.table_mib: {table_mib} is outside of {} to {} MiB",
+                TABLE_MIB_RANGE.start(),
+                TABLE_MIB_RANGE.end()
+            );
+        }
         Ok(Self {
+            table_bytes: (table_mib as usize) << 20,
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
             endpoint: overrides.endpoint.or(file.export.endpoint).unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
             window,
@@ -151,6 +176,7 @@ mod tests {
     fn default() -> Config {
         Config {
             frequency: 99,
+            table_bytes: 64 << 20,
             endpoint: DEFAULT_ENDPOINT.to_owned(),
             window: DEFAULT_WINDOW,
             status: "127.0.0.1:7081".parse().expect("an address"),
@@ -176,6 +202,7 @@ mod tests {
         check("sampling:\n  frequncy: 49\n", Overrides::default(), Err("frequncy"));
         check("export:\n  window: soon\n", Overrides::default(), Err("export.window"));
         check("export:\n  window: 1ms\n", Overrides::default(), Err("1s to 10m"));
+        check("unwind:\n  table_mib: 1000\n", Overrides::default(), Err("unwind.table_mib"));
         check("status:\n  listen: nowhere\n", Overrides::default(), Err("status.listen"));
         check("", Overrides { frequency: Some(0), ..Overrides::default() }, Err("at least 1"));
     }

@@ -186,7 +186,10 @@ fn find_rule(scratch: &mut Scratch, address: u64) -> Result<&'static Rule, Stack
     if page.rows == 0 {
         return rule(0);
     }
-    let Some(chunk) = CHUNKS.get_value(u32::from(page.chunk), &0) else { return Err(StackEnd::TablePending) };
+    let chunk = CHUNKS.get(u32::from(page.chunk)).and_then(|chunk| chunk.get_ptr_mut::<u32, [Row; CHUNK_ROWS]>(&0));
+    let Some(chunk) = chunk else { return Err(StackEnd::TablePending) };
+    // SAFETY: an array's value is always there; the agent only changes rows that no page leads to.
+    let chunk = unsafe { chunk.as_ref() };
     rule(last_row_up_to(chunk, page, stated & 0xffff).rule())
 }
 
