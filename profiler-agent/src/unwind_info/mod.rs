@@ -19,7 +19,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use profiler_common::abi::tables::TableState;
 use tracing::{debug, warn};
 
 pub use self::store::{StoreStats, TableMaps};
@@ -175,7 +174,7 @@ impl<M: TableMaps> Worker<M> {
         let started = Instant::now();
         let Some(source) = Source::read(executable) else {
             self.stats.empty += 1;
-            return self.store.set_state(executable.table, TableState::None);
+            return self.store.set_none(executable.table);
         };
         let fingerprint = source.fingerprint(&self.hasher);
         if self.store.share(fingerprint, executable.table)? {
@@ -202,11 +201,11 @@ impl<M: TableMaps> Worker<M> {
             }
             Ok(None) => {
                 self.stats.empty += 1;
-                self.store.set_state(executable.table, TableState::None)
+                self.store.set_none(executable.table)
             }
             Err(reason) => {
                 debug!("no unwind table of {}: too many {reason:?}", executable.path);
-                self.store.set_state(executable.table, TableState::OverBudget)
+                self.store.refuse(executable.table, self.store.max_rows())
             }
         }
     }

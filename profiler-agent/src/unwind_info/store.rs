@@ -68,6 +68,14 @@ struct Placed {
     last_used: Instant,
 }
 
+/// Where a table's rows and pages go.
+struct Placement {
+    pages: Range,
+    /// Rows, by chunk.
+    rows: Vec<(u16, Range)>,
+    entries: Vec<Page>,
+}
+
 /// Every table in place, and what is free.
 pub(super) struct Store<M> {
     maps: M,
@@ -78,8 +86,8 @@ pub(super) struct Store<M> {
     pages: FreeRanges,
     rules: usize,
     max_chunks: usize,
-    /// Executables that found no room.
-    refused: Vec<u32>,
+    /// Executables that found no room, and how many rows they need.
+    refused: Vec<(u32, usize)>,
     looked: Instant,
     stats: StoreStats,
 }
@@ -133,11 +141,18 @@ impl<M: TableMaps> Store<M> {
     }
 
     /// Notes that there is nothing to make a table from.
-    pub(super) fn set_state(&mut self, executable: u32, state: TableState) -> io::Result<()> {
-        if state == TableState::OverBudget {
-            self.stats.over_budget += 1;
-            self.refused.push(executable);
-        }
+    pub(super) fn set_none(&mut self, executable: u32) -> io::Result<()> {
+        self.set_state(executable, TableState::None)
+    }
+
+    /// Notes that a table of so many rows finds no room. It is asked for again when there may be some.
+    pub(super) fn refuse(&mut self, executable: u32, rows: usize) -> io::Result<()> {
+        self.stats.over_budget += 1;
+        self.refused.push((executable, rows));
+        self.set_state(executable, TableState::OverBudget)
+    }
+
+    fn set_state(&mut self, executable: u32, state: TableState) -> io::Result<()> {
         self.maps.set_executable(executable, ExecutableTable { state: state as u32, ..ExecutableTable::default() })
     }
 
@@ -156,8 +171,8 @@ impl<M: TableMaps> Store<M> {
             self.rules = rules.len();
         }
         let page_count = table.page_ends.len() as u32;
-        let Some((pages, rows, entries)) = self.make_place(page_count, table)? else {
-            return self.set_state(executable, TableState::OverBudget);
+        let Some(Placement { pages, rows, entries }) = self.make_place(page_count, table)? else {
+            return self.refuse(executable, table.rows.len());
         };
         for ((chunk, range), part) in rows.iter().zip(parts(table, &rows)) {
             self.maps.set_rows(*chunk, range.first as u16, part)?;
@@ -186,7 +201,7 @@ impl<M: TableMaps> Store<M> {
 
     /// Forgets an executable: nothing maps it any more. The last user's table is freed.
     pub(super) fn forget(&mut self, executable: u32) -> io::Result<()> {
-        self.refused.retain(|&refused| refused != executable);
+        self.refused.retain(|(refused, _)| *refused != executable);
         self.maps.set_executable(executable, ExecutableTable::default())?;
         let unused: Vec<u64> = self
             .tables
@@ -230,23 +245,30 @@ impl<M: TableMaps> Store<M> {
                 }
             }
         }
-        for executable in std::mem::take(&mut self.refused) {
+        let idle = self.tables.values().filter(|placed| placed.last_used < self.looked);
+        let free = self.chunks.iter().flatten().map(|chunk| chunk.available() as usize).sum::<usize>();
+        let missing = self.max_chunks - self.chunks.iter().flatten().count();
+        let mut room = idle.map(|placed| placed.row_count).sum::<usize>() + free + missing * CHUNK_ROWS;
+        // Building a table just to find that it still does not fit would be a waste.
+        let (fitting, refused) = std::mem::take(&mut self.refused).into_iter().partition(|(_, rows)| {
+            let fits = *rows + *rows / 8 < room;
+            room -= if fits { *rows } else { 0 };
+            fits
+        });
+        self.refused = refused;
+        let fitting: Vec<(u32, usize)> = fitting;
+        for (executable, _) in fitting {
             self.maps.set_executable(executable, ExecutableTable::default())?;
         }
         Ok(())
     }
 
     /// Finds room for a table, evicting others if need be; `None` where that does not help.
-    #[expect(clippy::type_complexity, reason = "three results of one search")]
-    fn make_place(
-        &mut self,
-        page_count: u32,
-        table: &Table,
-    ) -> io::Result<Option<(Range, Vec<(u16, Range)>, Vec<Page>)>> {
+    fn make_place(&mut self, page_count: u32, table: &Table) -> io::Result<Option<Placement>> {
         loop {
             if let Some(pages) = self.pages.allocate(page_count, page_count) {
-                if let Some((rows, entries)) = self.place_rows(table)? {
-                    return Ok(Some((pages, rows, entries)));
+                if let Some(placement) = self.place_rows(pages, table)? {
+                    return Ok(Some(placement));
                 }
                 self.pages.free(pages);
             }
@@ -267,7 +289,7 @@ impl<M: TableMaps> Store<M> {
     }
 
     /// Allocates rows for every page: the rows of a page lie together in one chunk.
-    fn place_rows(&mut self, table: &Table) -> io::Result<Option<(Vec<(u16, Range)>, Vec<Page>)>> {
+    fn place_rows(&mut self, pages: Range, table: &Table) -> io::Result<Option<Placement>> {
         let mut left = table.rows.len() as u32;
         let mut placed: Vec<(u16, Range)> = Vec::new();
         let mut entries = Vec::with_capacity(table.page_ends.len());
@@ -307,7 +329,7 @@ impl<M: TableMaps> Store<M> {
             let chunk = *chunk;
             self.give_back(chunk, unused);
         }
-        Ok(Some((placed, entries)))
+        Ok(Some(Placement { pages, rows: placed, entries }))
     }
 
     fn allocate_rows(&mut self, min: u32, max: u32) -> io::Result<Option<(u16, Range)>> {
@@ -382,4 +404,142 @@ fn parts<'a>(table: &'a Table, placed: &'a [(u16, Range)]) -> impl Iterator<Item
         *start += range.len as usize;
         Some(part)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unwind_info::table::TableWriter;
+
+    #[derive(Default)]
+    struct Maps {
+        executables: HashMap<u32, ExecutableTable>,
+        pages: HashMap<u32, Page>,
+        chunks: HashMap<u16, Vec<Row>>,
+    }
+
+    impl TableMaps for Maps {
+        fn set_rules(&mut self, _first: u32, _rules: &[Rule]) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn set_pages(&mut self, first: u32, pages: &[Page]) -> io::Result<()> {
+            self.pages.extend((first..).zip(pages.iter().copied()));
+            Ok(())
+        }
+
+        fn add_chunk(&mut self, chunk: u16) -> io::Result<()> {
+            assert!(self.chunks.insert(chunk, vec![Row::default(); CHUNK_ROWS]).is_none());
+            Ok(())
+        }
+
+        fn remove_chunk(&mut self, chunk: u16) -> io::Result<()> {
+            assert!(self.chunks.remove(&chunk).is_some());
+            Ok(())
+        }
+
+        fn set_rows(&mut self, chunk: u16, first: u16, rows: &[Row]) -> io::Result<()> {
+            let first = usize::from(first);
+            let chunk = self.chunks.get_mut(&chunk).ok_or(io::ErrorKind::NotFound)?;
+            chunk[first..first + rows.len()].copy_from_slice(rows);
+            Ok(())
+        }
+
+        fn executable(&self, number: u32) -> io::Result<ExecutableTable> {
+            Ok(self.executables.get(&number).copied().unwrap_or_default())
+        }
+
+        fn set_executable(&mut self, number: u32, table: ExecutableTable) -> io::Result<()> {
+            self.executables.insert(number, table);
+            Ok(())
+        }
+
+        fn wait_for_programs(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// A table of `rows` rows, all with the rule `rule`.
+    fn table(rows: u64, rule: u16) -> Table {
+        let mut writer = TableWriter::new(0, rows * 100, usize::MAX).expect("small");
+        for row in 0..rows {
+            // Equal rules would be one row.
+            writer.push(row * 100, rule + (row % 2) as u16).expect("small");
+        }
+        writer.finish()
+    }
+
+    fn store(mib: usize) -> Store<Maps> {
+        let mut store = Store::new(Maps::default(), mib << 20).expect("in memory");
+        store.looked = Instant::now();
+        store
+    }
+
+    fn insert(store: &mut Store<Maps>, executable: u32, rows: u64) {
+        let table = table(rows, executable as u16 * 2);
+        store.insert(u64::from(executable), executable, &table, &[]).expect("in memory");
+    }
+
+    fn state(store: &Store<Maps>, executable: u32) -> u32 {
+        store.maps.executables[&executable].state
+    }
+
+    /// What the kernel program would find at a stated address.
+    fn rule_at(store: &Store<Maps>, executable: u32, address: u64) -> u16 {
+        let entry = store.maps.executables[&executable];
+        let page = store.maps.pages[&(entry.first_page + (address >> 16) as u32 - entry.base)];
+        let first = usize::from(page.first);
+        let rows = &store.maps.chunks[&page.chunk][first..first + usize::from(page.rows)];
+        rows.iter().rev().find(|row| u64::from(row.place()) <= address & 0xffff).map_or(0, |row| row.rule())
+    }
+
+    /// Every row is found where its address leads, in tables that share chunks and span several.
+    #[test]
+    fn rows_are_found_by_address() {
+        let mut store = store(2);
+        for (executable, rows) in [(1, 50_000), (2, 100_000), (3, 10_000)] {
+            insert(&mut store, executable, rows);
+        }
+        for (executable, rows) in [(1, 50_000), (2, 100_000), (3, 10_000)] {
+            for row in (0..rows).step_by(997) {
+                let expected = executable as u16 * 2 + (row % 2) as u16;
+                assert_eq!(rule_at(&store, executable, row * 100 + 50), expected, "{executable} {row}");
+            }
+        }
+    }
+
+    /// What was not used lately makes room; what is in use does not, and the newcomer is refused until it can.
+    #[test]
+    fn least_used_tables_make_room() {
+        let (ready, over_budget) = (TableState::Ready as u32, TableState::OverBudget as u32);
+        let mut store = store(2);
+        insert(&mut store, 1, 200_000);
+        insert(&mut store, 2, 200_000);
+        insert(&mut store, 3, 200_000);
+        assert_eq!([1, 2, 3].map(|executable| state(&store, executable)), [ready, ready, over_budget]);
+        store.looked = Instant::now() - LOOK_EVERY;
+        store.look().expect("in memory");
+        assert_eq!(state(&store, 3), over_budget, "both others were used since they were placed");
+        store.looked = Instant::now() - LOOK_EVERY;
+        store.maps.executables.get_mut(&2).expect("placed").used = 1;
+        store.look().expect("in memory");
+        assert_eq!(state(&store, 3), TableState::Absent as u32, "it may ask again");
+        insert(&mut store, 3, 200_000);
+        assert_eq!([1, 2, 3].map(|executable| state(&store, executable)), [0, ready, ready]);
+        assert!(store.stats().bytes <= 2 << 20);
+    }
+
+    /// Equal sources share a table, which is freed with its last user.
+    #[test]
+    fn tables_are_shared_and_freed_with_their_last_user() {
+        let mut store = store(2);
+        insert(&mut store, 1, 200_000);
+        assert!(store.share(1, 7).expect("in memory"));
+        assert!(!store.share(2, 8).expect("in memory"));
+        store.forget(1).expect("in memory");
+        assert_eq!((store.stats().tables, state(&store, 7)), (1, TableState::Ready as u32));
+        store.forget(7).expect("in memory");
+        let stats = store.stats();
+        assert_eq!((stats.tables, stats.rows, stats.bytes), (0, 0, CHUNK_ROWS * size_of::<Row>()));
+    }
 }
