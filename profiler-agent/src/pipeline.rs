@@ -148,7 +148,8 @@ impl Pipeline {
 /// What the collector waits for.
 struct Sources {
     notices: AsyncFd<Ring>,
-    mmaps: AsyncFd<MmapEvents>,
+    /// New mappings, where the kernel lets us have them.
+    mmaps: Option<AsyncFd<MmapEvents>>,
     overflow: AsyncFd<Ring>,
     log: Option<AsyncFd<DebugLog>>,
 }
@@ -180,7 +181,13 @@ impl Collector {
         let unwatchable = |error| KernelError::System { what: "waiting for a ring buffer", error };
         let notices = self.kernel.take_notices()?.watch().map_err(unwatchable)?;
         let overflow = self.kernel.take_overflow()?.watch().map_err(unwatchable)?;
-        let mmaps = self.kernel.mmap_events()?.watch().map_err(unwatchable)?;
+        let mmaps = match self.kernel.mmap_events() {
+            Ok(events) => Some(events.watch().map_err(unwatchable)?),
+            Err(error) => {
+                warn!("{error}; new mappings are read when samples hit them");
+                None
+            }
+        };
         let log = self.kernel.take_log().map(DebugLog::watch).transpose().map_err(unwatchable)?;
         let mut sources = Sources { notices, mmaps, overflow, log };
         let outcome = self.collect_until_stopped(window, stopped, &mut sources).await;
@@ -212,12 +219,7 @@ impl Collector {
                     }
                     self.learn(sources);
                 }
-                guard = sources.mmaps.readable_mut() => {
-                    if let Ok(mut guard) = guard {
-                        guard.clear_ready();
-                    }
-                    self.learn(sources);
-                }
+                () = mapped(&mut sources.mmaps) => self.learn(sources),
                 guard = sources.overflow.readable_mut() => {
                     if let Ok(mut guard) = guard {
                         guard.clear_ready();
@@ -233,11 +235,12 @@ impl Collector {
                     if let Err(error) = self.kernel.follow_hotplug() {
                         warn!("CPUs that came or went could not be followed: {error}");
                     }
-                    if let Err(error) = sources.mmaps.get_mut().follow_hotplug() {
+                    if let Some(Err(error)) = sources.mmaps.as_mut().map(|mmaps| mmaps.get_mut().follow_hotplug()) {
                         warn!("new mappings on CPUs that came or went could not be followed: {error}");
                     }
                     self.learn(sources);
-                    self.stats.set_mappings_lost(sources.mmaps.get_ref().lost());
+                    let lost = sources.mmaps.as_ref().map_or(0, |mmaps| mmaps.get_ref().lost());
+                    self.stats.set_mappings_lost(lost);
                     self.drain(sources.overflow.get_mut(), closes_window)?;
                 }
                 () = flush_log(&mut sources.log) => {}
@@ -248,7 +251,9 @@ impl Collector {
     /// Reads what the kernel announced: first processes, then what was mapped in them.
     fn learn(&mut self, sources: &mut Sources) {
         sources.notices.get_mut().read(|notice| self.table.notice(notice));
-        sources.mmaps.get_mut().read(|mapping| self.table.mapped(mapping));
+        if let Some(mmaps) = &mut sources.mmaps {
+            mmaps.get_mut().read(|mapping| self.table.mapped(mapping));
+        }
         self.table.catch_up();
         self.publish();
         self.report_exits();
@@ -256,13 +261,13 @@ impl Collector {
 
     /// Tells the kernel programs, and the thread that builds unwind tables, what the process table has learned.
     fn publish(&mut self) {
+        for table in self.table.take_vacated() {
+            self.tables.forget(table);
+        }
         for change in self.table.take_changes() {
             if let Err(error) = self.published.apply(change) {
                 warn!("a process's mappings could not be published: {error}");
             }
-        }
-        for table in self.table.take_closed() {
-            self.tables.forget(table);
         }
         for executable in self.table.take_wanted() {
             self.tables.want(executable);
@@ -345,6 +350,14 @@ impl Collector {
     fn count_undeliverable(&self, batch: &Batch) {
         let count = batch.samples.iter().map(|sample| sample.count).sum();
         self.stats.dropped_namer_gone.add(count);
+    }
+}
+
+/// Waits for new mappings; for ever where they are not announced.
+async fn mapped(mmaps: &mut Option<AsyncFd<MmapEvents>>) {
+    let Some(mmaps) = mmaps else { return std::future::pending().await };
+    if let Ok(mut guard) = mmaps.readable_mut().await {
+        guard.clear_ready();
     }
 }
 

@@ -24,8 +24,9 @@ use crate::{
 const FREQUENCY: &str = "999";
 const RECEIVER: &str = "127.0.0.1:14317";
 const STATUS: &str = "127.0.0.1:17081";
-/// Seconds that a program runs before anything is measured, and then is measured.
-const LEARNING: Duration = Duration::from_secs(3);
+/// How long a program runs before anything is measured (samples of its first moments are drained by then), and is
+/// measured.
+const LEARNING: Duration = Duration::from_secs(7);
 const MEASURED: Duration = Duration::from_secs(6);
 const BPF_STATISTICS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
@@ -86,10 +87,16 @@ fn workloads(workspace: &Path) -> Result<Vec<Workload>, String> {
         let command = command.iter().map(|&word| word.to_owned()).collect();
         Workload { name, frames: None, command }
     };
-    let compile = format!(
-        "end=$((SECONDS + {seconds})); while [ $SECONDS -lt $end ]; do g++ -O2 -o /dev/null {}; done",
-        sources.join("shapes.cpp").display()
+    let again = |command: String| {
+        format!("end=$((SECONDS + {seconds})); while [ $SECONDS -lt $end ]; do {command} >/dev/null 2>&1; done")
+    };
+    let compile = again(format!("g++ -O2 -o /dev/null {}", sources.join("shapes.cpp").display()));
+    let rust = format!(
+        "rustc -C opt-level=3 --edition 2024 -o {}/$$ {}",
+        folder.display(),
+        sources.join("shapes.rs").display()
     );
+    let (rust, java) = (again(rust), again("java --list-modules".to_owned()));
     let python = format!(
         "import time\nend = time.time() + {seconds}\nwhile time.time() < end:\n    sorted([str(sum(range(50))) for _ in range(100)], key=len)"
     );
@@ -105,7 +112,9 @@ fn workloads(workspace: &Path) -> Result<Vec<Workload>, String> {
         other("go, allocating", &[&go.to_string_lossy(), "allocate", &seconds.to_string()]),
         other("python3", &["python3", "-c", &python]),
         other("node", &["node", "-e", &node]),
-        other("g++ -O2", &["bash", "-c", &compile]),
+        other("g++, again and again", &["bash", "-c", &compile]),
+        other("rustc, again and again", &["bash", "-c", &rust]),
+        other("java, starting again and again", &["bash", "-c", &java]),
     ])
 }
 

@@ -312,9 +312,9 @@ impl Kernel {
     }
 }
 
-/// Returns what loading needed for a moment (the kernel's type information, 20 MB parsed) to the system;
+/// Returns memory that was needed for a moment (the kernel's type information, a large unwind table) to the system;
 /// glibc would keep it.
-fn release_free_memory() {
+pub fn release_free_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim may be called at any time, by any thread.
     unsafe {

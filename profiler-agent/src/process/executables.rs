@@ -84,8 +84,8 @@ pub(super) struct Executables {
     free_tables: VecDeque<u32>,
     /// Files by the number of their unwind table.
     by_table: HashMap<u32, Arc<Executable>>,
-    /// Numbers that were given back since they were last asked for.
-    closed: Vec<u32>,
+    /// Numbers that were given back, or to another file, since this was last asked for.
+    vacated: Vec<u32>,
 }
 
 impl Default for Executables {
@@ -97,7 +97,7 @@ impl Default for Executables {
             // Number 0 is for code without a table.
             free_tables: (1..MAX_EXECUTABLES as u32).collect(),
             by_table: HashMap::new(),
-            closed: Vec::new(),
+            vacated: Vec::new(),
         }
     }
 }
@@ -108,9 +108,9 @@ impl Executables {
         self.by_table.get(&table).cloned()
     }
 
-    /// Numbers of unwind tables that are not needed any more.
-    pub(super) fn take_closed(&mut self) -> Vec<u32> {
-        std::mem::take(&mut self.closed)
+    /// Numbers of unwind tables that belong to another file now, or to none.
+    pub(super) fn take_vacated(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.vacated)
     }
 
     pub(super) fn len(&self) -> usize {
@@ -177,7 +177,7 @@ impl Executables {
         file.close();
         self.by_table.remove(&file.table);
         self.free_tables.push_back(file.table);
-        self.closed.push(file.table);
+        self.vacated.push(file.table);
     }
 
     /// `None`: there are too many already.
@@ -195,6 +195,8 @@ impl Executables {
             file: Mutex::new(file.map(Arc::new)),
         });
         self.by_table.insert(table, Arc::clone(&file));
+        // A late sample in the number's last file may have asked for a table that nobody made.
+        self.vacated.push(table);
         Some(Arc::new(MappedFile(file)))
     }
 

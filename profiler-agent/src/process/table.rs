@@ -159,15 +159,15 @@ impl ProcessTable {
                 self.scan(key);
             }
         }
+    }
+
+    /// What the kernel programs have to be told since this was last called.
+    pub fn take_changes(&mut self) -> Vec<Change> {
         for key in std::mem::take(&mut self.remapped) {
             if let Some(process) = self.processes.get(&key) {
                 self.changes.push(Change::Mapped(key, process.mappings.records()));
             }
         }
-    }
-
-    /// What the kernel programs have to be told since this was last called.
-    pub fn take_changes(&mut self) -> Vec<Change> {
         std::mem::take(&mut self.changes)
     }
 
@@ -176,9 +176,9 @@ impl ProcessTable {
         std::mem::take(&mut self.wanted)
     }
 
-    /// Numbers of unwind tables that are not needed any more, since this was last called.
-    pub fn take_closed(&mut self) -> Vec<u32> {
-        self.executables.take_closed()
+    /// Numbers of unwind tables that belong to another executable, or to none, since this was last called.
+    pub fn take_vacated(&mut self) -> Vec<u32> {
+        self.executables.take_vacated()
     }
 
     /// Whether the process has exited (for as long as it is remembered).

@@ -27,10 +27,12 @@ use self::{
     store::Store,
     table::Rules,
 };
-use crate::profile::Executable;
+use crate::{kernel::release_free_memory, profile::Executable};
 
 /// Kernel memory for rows unless the operator says otherwise: some 16 million rows.
 pub const DEFAULT_TABLE_BYTES: usize = 64 << 20;
+/// Rows of a table whose building takes megabytes.
+const LARGE: usize = 50_000;
 /// Spreads small numbers over 64 bits: 2^64 divided by the golden ratio.
 const UNIQUE: u64 = 0x9e37_79b9_7f4a_7c15;
 /// How long the thread sleeps without being asked for anything.
@@ -141,6 +143,10 @@ impl<M: TableMaps> Worker<M> {
             let outcome = self.work(&forgotten, wanted.as_deref());
             if let Err(error) = outcome {
                 warn!("an unwind table could not be put in place: {error}");
+                if let Some(executable) = wanted {
+                    // Tried again in a while; where even that cannot be written there is nothing left to do.
+                    let _ = self.store.refuse(executable.table, 0);
+                }
             }
         }
     }
@@ -197,7 +203,12 @@ impl<M: TableMaps> Worker<M> {
                     table.page_ends.len(),
                     started.elapsed()
                 );
-                self.store.insert(fingerprint, executable.table, &table, self.rules.all())
+                let placed = self.store.insert(fingerprint, executable.table, &table, self.rules.all());
+                if table.rows.len() >= LARGE {
+                    drop(table);
+                    release_free_memory();
+                }
+                placed
             }
             Ok(None) => {
                 self.stats.empty += 1;

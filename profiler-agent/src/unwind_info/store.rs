@@ -174,10 +174,6 @@ impl<M: TableMaps> Store<M> {
         let Some(Placement { pages, rows, entries }) = self.make_place(page_count, table)? else {
             return self.refuse(executable, table.rows.len());
         };
-        for ((chunk, range), part) in rows.iter().zip(parts(table, &rows)) {
-            self.maps.set_rows(*chunk, range.first as u16, part)?;
-        }
-        self.maps.set_pages(pages.first, &entries)?;
         let entry = ExecutableTable {
             state: TableState::Ready as u32,
             base: table.base,
@@ -186,7 +182,7 @@ impl<M: TableMaps> Store<M> {
             used: 1,
             missed: 0,
         };
-        publish(&mut self.maps, executable, entry)?;
+        let written = self.write(executable, table, entry, &rows, &entries);
         let placed = Placed {
             users: vec![executable],
             entry,
@@ -196,7 +192,26 @@ impl<M: TableMaps> Store<M> {
             last_used: Instant::now(),
         };
         self.tables.insert(fingerprint, placed);
-        Ok(())
+        if written.is_err() {
+            self.free(fingerprint)?;
+        }
+        written
+    }
+
+    /// Writes a table to the maps: what leads to it comes last.
+    fn write(
+        &mut self,
+        executable: u32,
+        table: &Table,
+        entry: ExecutableTable,
+        rows: &[(u16, Range)],
+        entries: &[Page],
+    ) -> io::Result<()> {
+        for ((chunk, range), part) in rows.iter().zip(parts(table, rows)) {
+            self.maps.set_rows(*chunk, range.first as u16, part)?;
+        }
+        self.maps.set_pages(entry.first_page, entries)?;
+        publish(&mut self.maps, executable, entry)
     }
 
     /// Forgets an executable: nothing maps it any more. The last user's table is freed.
