@@ -71,6 +71,11 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
     }
 }
 
+/// Why kernels cannot be fetched on this machine, if so.
+pub(crate) fn obstacle() -> Option<String> {
+    package::mirror().err()
+}
+
 /// The kernels that arguments name by version or suite; without any, all.
 fn choose(arguments: &[String]) -> Result<Vec<(&'static str, &'static str)>, String> {
     let named = |argument: &String| {

@@ -19,6 +19,8 @@ const TEST_PROGRAMS: &[(&str, &str)] = &[
     ("gcc", "gcc"),
     ("g++", "g++"),
     ("musl-gcc", "musl-tools"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
     ("node", "nodejs"),
     ("python3", "python3"),
     ("go", "golang-go"),
@@ -54,7 +56,7 @@ pub(crate) fn for_build(workspace: &Path) -> Outcome {
     Ok(())
 }
 
-/// What the tests need besides: C compiler, Python with the OTLP types, Go's pprof.
+/// What the tests need besides: compilers, runtimes to profile, Python with the OTLP types, Go's pprof, VMs.
 pub(crate) fn for_tests(workspace: &Path) -> Outcome {
     let missing: Vec<&str> =
         TEST_PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();

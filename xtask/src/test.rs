@@ -6,12 +6,14 @@
 use std::{fs, path::Path, process::Command};
 
 use crate::{
-    Outcome,
+    Outcome, kernels,
     process::{cargo, is_root, run},
     setup, tidy,
 };
 
-const GROUPS: &[&str] = &["tidy", "unit", "cli", "kernel"];
+const GROUPS: &[&str] = &["tidy", "unit", "cli", "kernel", "kernels"];
+/// The oldest and the newest of the kernels that `cargo xtask kernels` knows.
+const KERNELS: [&str; 2] = ["5.10", "7.2"];
 
 pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
     let only = match arguments {
@@ -36,7 +38,7 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
             "profiler-tests",
         ]))?;
     }
-    if !wanted("cli") && !wanted("kernel") {
+    if !["cli", "kernel", "kernels"].into_iter().any(wanted) {
         return Ok(());
     }
     run(cargo(workspace).args(["build", "--release", "--package", "profiler-agent"]))?;
@@ -65,6 +67,12 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
             run(tests("kernel").env("PROFILER_REQUIRE_KERNEL", "1"))?;
         } else {
             eprintln!("xtask: SKIPPED: this machine cannot sample; no test of group `kernel` runs");
+        }
+    }
+    if wanted("kernels") {
+        match kernels::obstacle() {
+            None => kernels::main(workspace, &KERNELS.map(str::to_owned))?,
+            Some(obstacle) => eprintln!("xtask: SKIPPED: {obstacle}; no other kernel is tried"),
         }
     }
     Ok(())

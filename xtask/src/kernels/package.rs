@@ -16,7 +16,7 @@ const CARRIERS: &[&str] = &["linux-image-", "linux-binary-"];
 const MAX_PACKAGES: usize = 4;
 
 /// Where Debian's packages come from, and the keys that sign them.
-struct Mirror {
+pub(super) struct Mirror {
     address: String,
     /// As an option in a list of sources; empty for apt's own keys.
     keys: String,
@@ -56,15 +56,24 @@ fn fetch(root: &Path, suite: &str, image: &Path) -> Result<(), String> {
             let archive = archive.ok_or_else(|| format!("apt-get downloaded no package {package}"))?;
             run(Command::new("dpkg").arg("-x").arg(&archive).arg(root.join("files")))?;
             fs::remove_file(&archive).map_err(failed)?;
-            let boot = files(&root.join("files/boot")).unwrap_or_default();
-            let is_image = |path: &PathBuf| path.to_string_lossy().contains("/vmlinuz-");
-            if let Some(found) = boot.into_iter().find(is_image) {
+            if let Some(found) = image_in(&root.join("files")) {
                 return fs::rename(found, image).map_err(failed);
             }
         }
         package = carrier.ok_or_else(|| format!("package {package} of suite {suite} leads to no kernel"))?;
     }
     Err(format!("{MAX_PACKAGES} packages of suite {suite} have no kernel"))
+}
+
+/// The kernel image in the folder of an unpacked package. It moved when `/boot` became the installation's affair.
+fn image_in(unpacked: &Path) -> Option<PathBuf> {
+    let releases = files(&unpacked.join("usr/lib/modules")).unwrap_or_default();
+    let mut candidates = files(&unpacked.join("boot")).unwrap_or_default();
+    candidates.extend(releases.iter().map(|release| release.join("vmlinuz")));
+    let is_image = |path: &PathBuf| {
+        path.is_file() && path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz"))
+    };
+    candidates.into_iter().find(is_image)
 }
 
 /// The package to look into next, from what `apt-cache show` says about one; versions are listed newest first.
@@ -81,7 +90,7 @@ fn carrier(about: &str) -> Option<String> {
 }
 
 /// What this machine's apt uses for Debian itself.
-fn mirror() -> Result<Mirror, String> {
+pub(super) fn mirror() -> Result<Mirror, String> {
     let ask = || {
         output(Command::new("apt-get").args([
             "indextargets",
