@@ -118,18 +118,15 @@ fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
 
 fn kernel_symbols() -> Verdict {
     use std::io::BufRead as _;
-    let line = fs::File::open("/proc/kallsyms").ok().and_then(|file| {
-        let mut line = String::new();
-        std::io::BufReader::new(file).read_line(&mut line).ok()?;
-        Some(line)
-    });
-    match line {
-        Some(line) if line.split(' ').next().is_some_and(|address| address.chars().any(|digit| digit != '0')) => {
-            Verdict::Good("readable".to_owned())
-        }
-        _ => {
-            Verdict::Degraded("hidden; kernel frames stay unnamed without CAP_SYSLOG (kernel.kptr_restrict)".to_owned())
-        }
+    // On some kernels the first symbols are per-CPU data, whose addresses are small or zero.
+    const ENOUGH: usize = 10_000;
+    let has_address = |line: String| line.split(' ').next().is_some_and(|address| address.starts_with("ffff"));
+    let is_readable = fs::File::open("/proc/kallsyms")
+        .is_ok_and(|file| std::io::BufReader::new(file).lines().map_while(Result::ok).take(ENOUGH).any(has_address));
+    if is_readable {
+        Verdict::Good("readable".to_owned())
+    } else {
+        Verdict::Degraded("hidden; kernel frames stay unnamed without CAP_SYSLOG (kernel.kptr_restrict)".to_owned())
     }
 }
 

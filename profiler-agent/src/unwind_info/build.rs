@@ -164,7 +164,9 @@ impl Source {
         let mut ranges: Vec<(Function, Origin)> = Vec::new();
         let mut add = |origin: Origin, functions: Vec<Function>| {
             let is_code = |function: &Function| {
-                self.code.iter().any(|&(start, end, _)| start <= function.start && function.end <= end)
+                let after = self.code.partition_point(|&(start, ..)| start <= function.start);
+                let piece = after.checked_sub(1).and_then(|index| self.code.get(index));
+                piece.is_some_and(|&(_, end, _)| function.end <= end)
             };
             ranges.extend(functions.into_iter().filter(is_code).map(|function| (function, origin)));
         };
@@ -205,7 +207,7 @@ impl Source {
                 // byte earlier.
                 let early = u64::from(rule.cfa == cfa::SIGNAL_FRAME);
                 if address < function.end && outcome.is_ok() {
-                    outcome = writer.push(address.max(begin) - early, last.1);
+                    outcome = writer.push(address.max(begin).saturating_sub(early), last.1);
                 }
             };
             let understood = match origin {

@@ -1,3 +1,5 @@
+//! One step at a time, from memory that is given word by word.
+
 use super::*;
 
 /// Memory given as (address, word) pairs; everything else is unreadable.

@@ -56,8 +56,8 @@ impl Disk {
         let machine = Command::new("qemu-system-x86_64")
             // KVM is not everywhere, and where it is nested it may hang.
             .args(["-accel", "tcg", "-smp", "2", "-m", "1536"])
-            // Of 7.2, the emulated cmpxchg16b now and then leaves a pointer in the flags register, and the kernel dies
-            // in its allocator. Kernels do without the instruction where there is none.
+            // QEMU 7.2's emulated cmpxchg16b may leave half a pointer in the flags register, and Linux 6.12 dies in its
+            // allocator in one boot of three. Kernels do without the instruction where the CPU has none.
             .args(["-cpu", "max,-cx16"])
             .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial"])
             .arg(format!("file:{}", log.display()))
