@@ -124,8 +124,8 @@ pub static EXECUTABLES: Array<ExecutableTable, MAX_EXECUTABLES> = Array::new();
 #[btf_map]
 pub static PAGES: Array<Page, MAX_PAGES> = Array::new();
 
-/// One chunk of rows: a single `[Row; CHUNK_ROWS]`, so that one lookup leads to all of them. Memory-mapped, so that the agent
-/// can change a part of it.
+/// One chunk of rows: a single `[Row; CHUNK_ROWS]`, so that one lookup leads to all of them. Memory-mapped, so
+/// that the agent can change a part of it.
 pub type Chunk = Inner<
     { BPF_MAP_TYPE_ARRAY as usize },
     { size_of::<u32>() },

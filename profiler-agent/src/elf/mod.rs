@@ -27,7 +27,7 @@ const MAX_SECTIONS: usize = 4096;
 const MAX_SECTION_NAMES: usize = 256 << 10;
 /// Most bytes of symbol tables that are worth reading: four million symbols. Their index takes a third of it.
 const MAX_SYMBOL_BYTES: u64 = 96 << 20;
-/// Most bytes of a symbol table in which functions are looked for: about 350,000 symbols.
+/// Most bytes of all symbol tables in which functions are looked for: about 350,000 symbols.
 const MAX_FUNCTION_BYTES: u64 = 8 << 20;
 /// Longest build ID kept.
 const MAX_BUILD_ID: usize = 64;
@@ -142,12 +142,16 @@ pub(crate) fn entry(file: &File) -> Option<u64> {
     Some(header(file)?.e_entry.get(LE))
 }
 
-/// Stated addresses of the functions that the file's symbols name; none where the tables are absurdly large.
+/// Stated addresses of the functions that the file's symbols name; none where the tables are absurdly large
+/// together.
 pub(crate) fn functions(file: &File) -> BTreeSet<u64> {
     let headers = header(file).and_then(|header| section_headers(file, &header)).unwrap_or_default();
     let is_symbols = |section: &&SectionHeader64<LE>| matches!(section.sh_type.get(LE), SHT_SYMTAB | SHT_DYNSYM);
     let mut functions = BTreeSet::new();
-    for section in headers.iter().filter(is_symbols).filter(|section| section.sh_size.get(LE) <= MAX_FUNCTION_BYTES) {
+    if symbol_bytes(&headers) > MAX_FUNCTION_BYTES {
+        return functions;
+    }
+    for section in headers.iter().filter(is_symbols) {
         let size = usize::try_from(section.sh_size.get(LE)).unwrap_or(usize::MAX);
         let Some(bytes) = read(file, section.sh_offset.get(LE), size) else { continue };
         let Ok((symbols, _)) = pod::slice_from_bytes::<Sym64<LE>>(&bytes, size / size_of::<Sym64<LE>>()) else {

@@ -25,7 +25,7 @@ use crate::{process::MappingMaps, unwind_info::TableMaps};
 
 const CHUNK_BYTES: usize = CHUNK_ROWS * size_of::<Row>();
 
-/// An array map of records.
+/// A map of records.
 struct Records(MapData);
 
 impl Records {

@@ -33,6 +33,8 @@ const MAX_PADDING: u64 = 16;
 const MAX_GUESSED: u64 = 4 << 20;
 /// Most bytes of one piece of such code: what is larger was not made by a compiler of C.
 const MAX_GAP: u64 = 1 << 20;
+/// Most rows of one file that are guessed.
+const MAX_GUESSED_ROWS: usize = 1 << 19;
 /// Bytes of an entry of the procedure linkage table.
 const PLT_ENTRY: u64 = 16;
 /// Where debug files are kept by build ID.
@@ -266,11 +268,20 @@ impl Source {
                 functions.extend(read(end - start, offset).iter().flat_map(|bytes| code::called(bytes, start)));
             }
         }
-        let guess = |(start, size, offset): (u64, u64, u64)| {
-            let rows = code::rows(&read(size, offset)?, start, self.entry, &functions);
-            (!rows.is_empty()).then_some(Gap { start, end: start + size, rows })
-        };
-        pieces.into_iter().filter_map(guess).collect()
+        let mut gaps: Vec<Gap> = Vec::new();
+        let mut row_count = 0;
+        for (start, size, offset) in pieces {
+            let rows = read(size, offset).map(|bytes| code::rows(&bytes, start, self.entry, &functions));
+            let rows = rows.unwrap_or_default();
+            row_count += rows.len();
+            if row_count > MAX_GUESSED_ROWS {
+                break;
+            }
+            if !rows.is_empty() {
+                gaps.push(Gap { start, end: start + size, rows });
+            }
+        }
+        gaps
     }
 }
 

@@ -14,8 +14,10 @@ use profiler_common::unwind::rule::{LOST_OFFSET, Rule, cfa, fp};
 
 type Bytes<'a> = EndianSlice<'a, LittleEndian>;
 
-/// Most functions taken from one section: some browsers have a million.
-const MAX_FUNCTIONS: usize = 4 << 20;
+/// Most functions taken from one section: some browsers have nearly as many.
+const MAX_FUNCTIONS: usize = 1 << 20;
+/// Most common entries remembered; real files have a few.
+const MAX_COMMON: usize = 4 << 10;
 /// Most bytes of instructions that a common entry may repeat in each of its functions.
 const MAX_COMMON_INSTRUCTIONS: usize = 4 << 10;
 /// Most bytes of instructions executed for one section.
@@ -108,7 +110,7 @@ where
     }
 }
 
-/// A common entry, parsed once.
+/// A common entry, parsed once as long as there are not too many.
 fn common_entry<'a, S: UnwindSection<Bytes<'a>>>(
     known: &mut HashMap<usize, CommonInformationEntry<Bytes<'a>>>,
     section: &S,
@@ -123,7 +125,9 @@ where
         return Ok(entry.clone());
     }
     let entry = section.cie_from_offset(bases, offset)?;
-    known.insert(place, entry.clone());
+    if known.len() < MAX_COMMON {
+        known.insert(place, entry.clone());
+    }
     Ok(entry)
 }
 

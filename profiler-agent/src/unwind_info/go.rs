@@ -14,7 +14,7 @@ use crate::elf::{self, Section};
 /// Most bytes of the table read.
 const MAX_TABLE: u64 = 64 << 20;
 /// Most functions taken from a table.
-const MAX_FUNCTIONS: usize = 4 << 20;
+const MAX_FUNCTIONS: usize = 1 << 20;
 /// Most bytes of the module data's relocations or section searched.
 const MAX_SEARCHED: u64 = 16 << 20;
 /// Where `runtime.moduledata` has the address of the first function (Go 1.16 and later).

@@ -171,9 +171,7 @@ impl<M: TableMaps> Worker<M> {
     }
 
     fn work(&mut self, forgotten: &[u32], wanted: Option<&Executable>) -> io::Result<()> {
-        for &executable in forgotten {
-            self.store.forget(executable)?;
-        }
+        self.store.forget(forgotten)?;
         self.store.look()?;
         self.store.prepare()?;
         let Some(executable) = wanted else { return Ok(()) };

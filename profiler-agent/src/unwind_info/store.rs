@@ -214,15 +214,17 @@ impl<M: TableMaps> Store<M> {
         publish(&mut self.maps, executable, entry)
     }
 
-    /// Forgets an executable: nothing maps it any more. The last user's table is freed.
-    pub(super) fn forget(&mut self, executable: u32) -> io::Result<()> {
-        self.refused.retain(|(refused, _)| *refused != executable);
-        self.maps.set_executable(executable, ExecutableTable::default())?;
+    /// Forgets executables: nothing maps them any more. The last user's table is freed.
+    pub(super) fn forget(&mut self, executables: &[u32]) -> io::Result<()> {
+        self.refused.retain(|(refused, _)| !executables.contains(refused));
+        for &executable in executables {
+            self.maps.set_executable(executable, ExecutableTable::default())?;
+        }
         let unused: Vec<u64> = self
             .tables
             .iter_mut()
             .filter_map(|(fingerprint, placed)| {
-                placed.users.retain(|&user| user != executable);
+                placed.users.retain(|user| !executables.contains(user));
                 placed.users.is_empty().then_some(*fingerprint)
             })
             .collect();
@@ -551,9 +553,9 @@ mod tests {
         insert(&mut store, 1, 200_000);
         assert!(store.share(1, 7).expect("in memory"));
         assert!(!store.share(2, 8).expect("in memory"));
-        store.forget(1).expect("in memory");
+        store.forget(&[1]).expect("in memory");
         assert_eq!((store.stats().tables, state(&store, 7)), (1, TableState::Ready as u32));
-        store.forget(7).expect("in memory");
+        store.forget(&[7]).expect("in memory");
         let stats = store.stats();
         assert_eq!((stats.tables, stats.rows, stats.bytes), (0, 0, CHUNK_ROWS * size_of::<Row>()));
     }

@@ -127,7 +127,7 @@ macro_rules! stack_ends {
 }
 
 stack_ends! {
-    Root = 1, "root", "The outermost frame was reached: a zero frame pointer or return address.";
+    Root = 1, "root", "The outermost frame was reached: a return address that is zero or stated to be undefined, or a zero frame pointer.";
     KernelThread = 2, "kernel thread", "A kernel thread: there is no user stack.";
     DepthLimit = 3, "depth limit", "More frames than a row or the walker's loop can hold.";
     FramePointerLost = 4, "frame pointer lost", "No table covers the code, and its frame pointer does not lead to a caller.";
