@@ -17,3 +17,4 @@ mod ranges;
 pub mod status;
 pub mod symbolize;
 pub mod unwind_info;
+pub mod waits;

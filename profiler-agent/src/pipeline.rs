@@ -14,6 +14,7 @@
 //! the queue of profiles is closed behind the last one.
 
 use std::{
+    collections::HashMap,
     path::Path,
     sync::{
         Arc,
@@ -24,7 +25,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-use profiler_common::abi::sample::EventKind;
 use tokio::{
     io::unix::AsyncFd,
     sync::{mpsc, oneshot},
@@ -34,12 +34,13 @@ use tracing::{error, warn};
 
 use crate::{
     aggregate::Window,
-    kernel::{DebugLog, Kernel, KernelError, KernelMappings, MmapEvents, Ring},
+    kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, MmapEvents, Ring},
     process::{ProcessTable, Published},
-    profile::{LocatedSample, Profile, RawSample},
+    profile::{Events, LocatedSample, Profile, RawSample, Tally},
     status::Stats,
     symbolize::FrameNamer,
     unwind_info::TableBuilder,
+    waits::WaitBook,
 };
 
 /// Time between two drains: how long an exited process may have to be remembered, and how much the kernel's
@@ -50,9 +51,19 @@ const BATCH_QUEUE: usize = 2;
 /// Profiles that may wait for the exporters.
 const PROFILE_QUEUE: usize = 4;
 
+/// Rows that each CPU may add to the sample buffers per second: a stack of its own for every sample of CPU time, and
+/// of waits as many stacks as steady services have.
+pub fn rows_per_second(events: Events, frequency: u64) -> u64 {
+    const WAITS: u64 = 200;
+    let on_cpu = if events.includes_on_cpu() { frequency } else { 0 };
+    on_cpu.saturating_add(if events.includes_off_cpu() { WAITS } else { 0 })
+}
+
 /// What a pipeline is made of.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// What is recorded.
+    pub events: Events,
     /// CPU time one sample stands for.
     pub period: Duration,
     /// How long a window stays open; `None`: until the end.
@@ -98,6 +109,9 @@ impl Pipeline {
                 .spawn(move || name_batches(&batches, &profile_sender, &options, &stats))
                 .context("the namer thread could not be started")?
         };
+        if let Some(error) = kernel.waits_refused() {
+            warn!("off-CPU time is not recorded: {error}");
+        }
         let published = Published::new(kernel.take_mappings()?);
         let tables = TableBuilder::start(kernel.take_tables()?, options.unwind_table_bytes)
             .context("the thread that builds unwind tables could not be started")?;
@@ -111,6 +125,7 @@ impl Pipeline {
                         table: ProcessTable::default(),
                         published,
                         tables,
+                        waits: options.events.includes_off_cpu().then(WaitBook::default),
                         batches: batch_sender,
                         waiting: None,
                         stats,
@@ -160,6 +175,7 @@ struct Collector {
     table: ProcessTable,
     published: Published<KernelMappings>,
     tables: TableBuilder,
+    waits: Option<WaitBook>,
     batches: SyncSender<Batch>,
     /// A batch that found the queue full. Nothing is drained while it waits.
     waiting: Option<Batch>,
@@ -195,7 +211,7 @@ impl Collector {
         let stopped = self.kernel.stop();
         self.learn(&mut sources);
         self.deliver_waiting();
-        let drained = self.drain(sources.overflow.get_mut(), true);
+        let drained = self.drain(sources.overflow.get_mut(), true, true);
         self.deliver_waiting();
         outcome.and(stopped).and(drained)
     }
@@ -225,7 +241,7 @@ impl Collector {
                         guard.clear_ready();
                     }
                     self.learn(sources);
-                    self.drain(sources.overflow.get_mut(), false)?;
+                    self.drain(sources.overflow.get_mut(), false, false)?;
                 }
                 _ = drains.tick() => {
                     let closes_window = window.is_some_and(|window| window_opened.elapsed() + interval / 2 >= window);
@@ -241,7 +257,7 @@ impl Collector {
                     self.learn(sources);
                     let lost = sources.mmaps.as_ref().map_or(0, |mmaps| mmaps.get_ref().lost());
                     self.stats.set_mappings_lost(lost);
-                    self.drain(sources.overflow.get_mut(), closes_window)?;
+                    self.drain(sources.overflow.get_mut(), closes_window, false)?;
                 }
                 () = flush_log(&mut sources.log) => {}
             }
@@ -290,8 +306,8 @@ impl Collector {
         }
     }
 
-    /// Reads the sample buffers and hands the samples on.
-    fn drain(&mut self, overflow: &mut Ring, closes_window: bool) -> Result<(), KernelError> {
+    /// Reads the sample buffers and hands the samples on. `is_last`: nothing is sampled any more.
+    fn drain(&mut self, overflow: &mut Ring, closes_window: bool, is_last: bool) -> Result<(), KernelError> {
         if let Some(waiting) = self.waiting.take() {
             self.offer(waiting);
         }
@@ -300,15 +316,20 @@ impl Collector {
             self.stats.drains_postponed.add(1);
             return Ok(());
         }
-        let (table, stats) = (&mut self.table, &self.stats);
+        let (table, waits, stats) = (&mut self.table, &mut self.waits, &self.stats);
         let mut samples = Vec::new();
         let drained = self.kernel.drain(overflow, |row| match RawSample::decode(row) {
+            Ok(sample) if sample.kind.is_off_cpu() => {
+                let Some(waits) = waits else { return };
+                let (key, count, waited, is_reference) = (sample.key, sample.count, sample.waited, sample.is_reference);
+                waits.add(key, count, waited, is_reference, table.locate(sample));
+            }
             Ok(sample) => {
                 stats.samples_drained.add(sample.count);
                 samples.push(table.locate(sample));
             }
             Err(error) => {
-                stats.dropped_malformed.add(RawSample::count_of(row));
+                stats.dropped_malformed.add(Tally { samples: RawSample::count_of(row), off_cpu_ns: 0 });
                 warn!("{error}");
             }
         });
@@ -316,6 +337,7 @@ impl Collector {
         for sample in &samples {
             stats.count_end(sample.end, sample.count);
         }
+        let settled = self.settle_waits(is_last, &mut samples);
         // Replacing the buffers has waited for every program that was running.
         self.published.reuse_released();
         self.publish();
@@ -327,8 +349,25 @@ impl Collector {
         self.stats.set_table(self.table.stats());
         self.stats.set_unwind_tables(self.tables.stats(), self.published.refused());
         self.stats.set_kernel_counters(&self.kernel.counters()?);
-        self.stats.set_clock(self.kernel.clock().cpus());
-        drained
+        self.stats.set_clock(self.kernel.clock().map_or(0, Clock::cpus));
+        drained.and(settled)
+    }
+
+    /// Adds what waits have cost since the last drain.
+    fn settle_waits(&mut self, is_last: bool, samples: &mut Vec<LocatedSample>) -> Result<(), KernelError> {
+        let Some(waits) = &mut self.waits else { return Ok(()) };
+        let mut threads = HashMap::new();
+        let now = self.kernel.waiting_threads(|thread, wait| {
+            threads.insert(thread, wait);
+        });
+        // Where the threads could not be read, what has ended is still handed on.
+        let settled = waits.settle(&threads, *now.as_ref().ok().and_then(Option::as_ref).unwrap_or(&0), is_last);
+        for sample in &settled {
+            self.stats.count_wait_end(sample.end, sample.time_ns);
+        }
+        samples.extend(settled);
+        self.stats.set_waits(waits.stats(), self.kernel.waited()?);
+        now.map(|_| ())
     }
 
     fn offer(&mut self, batch: Batch) {
@@ -348,8 +387,8 @@ impl Collector {
     }
 
     fn count_undeliverable(&self, batch: &Batch) {
-        let count = batch.samples.iter().map(|sample| sample.count).sum();
-        self.stats.dropped_namer_gone.add(count);
+        let tally = batch.samples.iter().map(LocatedSample::tally).sum();
+        self.stats.dropped_namer_gone.add(tally);
     }
 }
 
@@ -373,7 +412,7 @@ async fn flush_log(log: &mut Option<AsyncFd<DebugLog>>) {
 /// The second stage: names frames and fills windows until the collector is done.
 fn name_batches(batches: &Receiver<Batch>, profiles: &mpsc::Sender<Profile>, options: &Options, stats: &Stats) {
     let mut namer = FrameNamer::new(options.frame_cache_bytes);
-    let mut window = Window::open(EventKind::OnCpu, options.period);
+    let mut window = Window::open(options.events, options.period);
     for batch in batches {
         let frames = namer.name(&batch.samples);
         for (sample, frames) in batch.samples.iter().zip(frames) {
@@ -397,6 +436,6 @@ fn close_window(window: &mut Window, profiles: &mpsc::Sender<Profile>, stats: &S
     let total = profile.total();
     if profiles.try_send(profile).is_err() {
         stats.dropped_queue_full.add(total);
-        warn!("exporters are behind: a window of {total} samples was dropped");
+        warn!("exporters are behind: a window of {} samples was dropped", total.samples);
     }
 }

@@ -3,8 +3,17 @@
 use profiler_common::abi::settings::{KernelLayout, LAYOUT_MAGIC, SETTINGS_MAGIC, Settings};
 
 #[unsafe(no_mangle)]
-pub static SETTINGS: Settings =
-    Settings { targets_only: 0, has_task_pt_regs: 0, no_user_mode_flags: 0, magic: SETTINGS_MAGIC };
+pub static SETTINGS: Settings = Settings {
+    targets_only: 0,
+    has_task_pt_regs: 0,
+    no_user_mode_flags: 0,
+    magic: SETTINGS_MAGIC,
+    wait_stacks_per_second: 0,
+    has_state_argument: 0,
+    min_wait_ns: 0,
+    sched_text_start: 0,
+    sched_text_end: 0,
+};
 
 #[unsafe(no_mangle)]
 pub static LAYOUT: KernelLayout = KernelLayout {
@@ -16,12 +25,15 @@ pub static LAYOUT: KernelLayout = KernelLayout {
     task_self_exec_id: 0,
     task_comm: 0,
     task_signal: 0,
+    task_pid: 0,
+    task_state: 0,
+    task_start_time: 0,
     signal_live: 0,
     thread_size: 0,
     magic: LAYOUT_MAGIC,
 };
 
-/// Reads a 32-bit field of a static that the agent replaces before load.
+/// Reads a field of a static that the agent replaces before load.
 ///
 /// Volatile, so that the compiler does not fold the placeholder; the verifier folds the real value.
 macro_rules! loaded {

@@ -7,10 +7,12 @@
 #![allow(missing_docs, reason = "the public items are entry points and maps, named for the loader")]
 
 mod aggregate;
+mod capture;
 mod layout;
 mod lifecycle;
 mod maps;
 mod memory;
+mod off_cpu;
 mod on_cpu;
 mod scope;
 mod unwind;
@@ -23,14 +25,14 @@ use aya_ebpf::{
 /// Sampling clock on kernels with `bpf_loop` (5.17 and later).
 #[perf_event]
 pub fn on_cpu_loop(ctx: PerfEventContext) -> u32 {
-    on_cpu::sample(&ctx, unwind::walk_with_helper);
+    on_cpu::sample(&ctx, |_, _| unwind::walk_with_helper::<{ maps::ON_CPU }>());
     0
 }
 
 /// Sampling clock on kernels without `bpf_loop`: the walk is split between programs.
 #[perf_event]
 pub fn on_cpu_in_parts(ctx: PerfEventContext) -> u32 {
-    on_cpu::sample(&ctx, unwind::walk_in_parts);
+    on_cpu::sample(&ctx, |ctx, scratch| unwind::walk_in_parts(ctx, scratch, &maps::WALK_ON));
     0
 }
 
@@ -38,6 +40,34 @@ pub fn on_cpu_in_parts(ctx: PerfEventContext) -> u32 {
 #[perf_event]
 pub fn walk_on(ctx: PerfEventContext) -> u32 {
     on_cpu::walk_on(&ctx);
+    0
+}
+
+/// Waits, on kernels with `bpf_loop`.
+#[btf_tracepoint(function = "sched_switch")]
+pub fn off_cpu_loop(ctx: BtfTracePointContext) -> i32 {
+    off_cpu::switch(&ctx, |_, _| unwind::walk_with_helper::<{ maps::OFF_CPU }>());
+    0
+}
+
+/// Waits, on kernels without `bpf_loop`.
+#[btf_tracepoint(function = "sched_switch")]
+pub fn off_cpu_in_parts(ctx: BtfTracePointContext) -> i32 {
+    off_cpu::switch(&ctx, |ctx, scratch| unwind::walk_in_parts(ctx, scratch, &maps::WAIT_WALK_ON));
+    0
+}
+
+/// The programs that follow [`off_cpu_in_parts`].
+#[btf_tracepoint(function = "sched_switch")]
+pub fn wait_walk_on(ctx: BtfTracePointContext) -> i32 {
+    off_cpu::walk_on(&ctx);
+    0
+}
+
+/// The moment a thread could run again.
+#[btf_tracepoint(function = "sched_wakeup")]
+pub fn off_cpu_wake(ctx: BtfTracePointContext) -> i32 {
+    off_cpu::wake(&ctx);
     0
 }
 

@@ -21,6 +21,7 @@ use profiler_common::{
             CHUNK_ROWS, ExecutableTable, MAX_CHUNKS, MAX_EXECUTABLES, MAX_MAPPINGS, MAX_PAGES, MAX_PROCESSES,
             MAX_RULES, MappingRange, MappingRecord, Page, Row,
         },
+        waits::{MAX_THREADS, Ration, SITES, ThreadWait, WaitControl},
     },
     unwind::rule::Rule,
 };
@@ -95,9 +96,21 @@ pub static NOTICES: RingBuf<[u8; 0], { 1024 * 1024 }> = RingBuf::new();
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { Counter::COUNT }> = PerCpuArray::new();
 
-/// Where the sampling program builds a sample.
+/// Where samples are built: one place for the sampling clock, one for the scheduler's events, which the clock may
+/// interrupt.
 #[btf_map]
-pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+pub static SCRATCH: PerCpuArray<Scratch, 2> = PerCpuArray::new();
+
+/// Index of the sampling clock's scratch.
+pub const ON_CPU: u32 = 0;
+/// Index of the scratch of the scheduler's events.
+pub const OFF_CPU: u32 = 1;
+
+/// This CPU's scratch.
+#[inline(always)]
+pub fn scratch(index: u32) -> Option<*mut Scratch> {
+    SCRATCH.get_ptr_mut(index)
+}
 
 /// Processes to record (by tgid, with `abi::settings::target` flags) when the scope is limited.
 #[btf_map]
@@ -145,10 +158,37 @@ pub static RULES: Array<Rule, MAX_RULES> = Array::new();
 #[btf_map]
 pub static WALK_ON: ProgramArray<1> = ProgramArray::new();
 
+/// The same for the stacks of waits: programs of different kinds cannot share one.
+#[btf_map]
+pub static WAIT_WALK_ON: ProgramArray<1> = ProgramArray::new();
+
+/// Threads that were seen to leave a CPU, by thread ID. They are removed when they end.
+#[btf_map]
+pub static THREADS: HashMap<u32, ThreadWait, MAX_THREADS> = HashMap::new();
+
+/// Each CPU's ration of stacks of waits.
+#[btf_map]
+pub static RATIONS: PerCpuArray<Ration, 1> = PerCpuArray::new();
+
+/// How long waits are expected to last, by where they begin: the longest lately, fading. Places may share a slot;
+/// that only makes an expectation worse.
+#[btf_map]
+pub static SITE_DURATIONS: Array<u64, SITES> = Array::new();
+
+/// Whether waits are followed, and since when.
+#[btf_map]
+pub static WAIT_CONTROL: Array<WaitControl, 1> = Array::new();
+
 /// Adds one to a counter.
 #[inline(always)]
 pub fn count(counter: Counter) {
+    add(counter, 1);
+}
+
+/// Adds to a counter.
+#[inline(always)]
+pub fn add(counter: Counter, amount: u64) {
     if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {
-        crate::memory::atomic_add(slot, 1);
+        crate::memory::atomic_add(slot, amount);
     }
 }

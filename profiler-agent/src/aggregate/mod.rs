@@ -1,6 +1,7 @@
 //! Collects named samples into the profile of one window.
 
 use std::{
+    cmp::Reverse,
     collections::{HashMap, hash_map::Entry},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -8,7 +9,7 @@ use std::{
 
 use profiler_common::abi::sample::{EventKind, StackEnd};
 
-use crate::profile::{Frame, LocatedSample, ProcessInfo, Profile, Sample};
+use crate::profile::{Events, Frame, LocatedSample, ProcessInfo, Profile, Sample};
 
 /// Bytes of rows, estimated, after which a window is closed early, so that its memory stays bounded.
 const MAX_BYTES: usize = 24 << 20;
@@ -19,24 +20,26 @@ const ROW_BYTES: usize = 128;
 struct RowKey {
     process: Arc<ProcessInfo>,
     thread_name: Arc<str>,
+    kind: EventKind,
     end: StackEnd,
     frames: Vec<Arc<Frame>>,
 }
 
 /// One window under construction.
 pub struct Window {
-    kind: EventKind,
+    events: Events,
     period: Duration,
     start: SystemTime,
     opened: Instant,
-    rows: HashMap<RowKey, u64>,
+    /// Samples or waits, and nanoseconds off the CPU.
+    rows: HashMap<RowKey, (u64, u64)>,
     bytes: usize,
 }
 
 impl Window {
     /// Opens a window now.
-    pub fn open(kind: EventKind, period: Duration) -> Self {
-        Self { kind, period, start: SystemTime::now(), opened: Instant::now(), rows: HashMap::new(), bytes: 0 }
+    pub fn open(events: Events, period: Duration) -> Self {
+        Self { events, period, start: SystemTime::now(), opened: Instant::now(), rows: HashMap::new(), bytes: 0 }
     }
 
     /// Adds a sample with its named frames.
@@ -44,14 +47,19 @@ impl Window {
         let key = RowKey {
             process: Arc::clone(&sample.process),
             thread_name: Arc::clone(&sample.thread_name),
+            kind: sample.kind,
             end: sample.end,
             frames,
         };
         match self.rows.entry(key) {
-            Entry::Occupied(mut row) => *row.get_mut() += sample.count,
+            Entry::Occupied(mut row) => {
+                let (count, time_ns) = row.get_mut();
+                *count = count.saturating_add(sample.count);
+                *time_ns = time_ns.saturating_add(sample.time_ns);
+            }
             Entry::Vacant(row) => {
                 self.bytes += ROW_BYTES + row.key().frames.len() * size_of::<Arc<Frame>>();
-                row.insert(sample.count);
+                row.insert((sample.count, sample.time_ns));
             }
         }
     }
@@ -74,16 +82,19 @@ impl Window {
         self.bytes = 0;
         let mut samples: Vec<Sample> = std::mem::take(&mut self.rows)
             .into_iter()
-            .map(|(key, count)| Sample {
+            .map(|(key, (count, time_ns))| Sample {
                 process: key.process,
                 thread_name: key.thread_name,
+                kind: key.kind,
                 end: key.end,
                 frames: key.frames,
                 count,
+                time_ns,
             })
             .collect();
         // The heaviest first; what weighs the same in a stable order.
-        samples.sort_by(|a, b| b.count.cmp(&a.count).then_with(|| a.process.key.cmp(&b.process.key)));
-        Profile { kind: self.kind, start, duration: self.opened.duration_since(opened), period: self.period, samples }
+        let weight = |sample: &Sample| (sample.kind, Reverse((sample.time_ns, sample.count)));
+        samples.sort_by(|a, b| weight(a).cmp(&weight(b)).then_with(|| a.process.key.cmp(&b.process.key)));
+        Profile { events: self.events, start, duration: self.opened.duration_since(opened), period: self.period, samples }
     }
 }

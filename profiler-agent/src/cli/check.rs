@@ -4,7 +4,11 @@ use std::{fs, path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
-use crate::kernel::{self, BufferRows, Kernel, privileges};
+use crate::{
+    config::DEFAULT_WAITS,
+    kernel::{self, BufferRows, Clock, Kernel, privileges},
+    profile::Events,
+};
 
 /// Tell what this kernel and these privileges allow, and the way out where something is missing.
 ///
@@ -67,7 +71,9 @@ fn privileges_held() -> Verdict {
 fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
     let options = kernel::Options {
         btf: &arguments.btf,
+        events: Events::Both,
         frequency: 1,
+        waits: DEFAULT_WAITS,
         targets_only: true,
         rows: BufferRows::for_rate(1, 1, 1),
         debug_log: false,
@@ -83,6 +89,13 @@ fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
     };
     let mut items = vec![
         ("kernel programs", Verdict::Good("accepted".to_owned())),
+        (
+            "waits",
+            match kernel.waits_refused() {
+                None => Verdict::Good("off-CPU time can be recorded".to_owned()),
+                Some(error) => Verdict::Degraded(format!("off-CPU time cannot be recorded: {error}")),
+            },
+        ),
         (
             "stack walk",
             optional(features.bpf_loop, "1,024 frames in one go", "1,024 frames in parts (before Linux 5.17)"),
@@ -105,7 +118,7 @@ fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
     items.push(match kernel.start() {
         Ok(()) => (
             "sampling clock",
-            match kernel.clock().source() {
+            match kernel.clock().and_then(Clock::source) {
                 Some(kernel::ClockSource::CpuClock) => Verdict::Good("cpu-clock (this machine has no PMU)".to_owned()),
                 Some(source) => Verdict::Good(source.to_string()),
                 None => Verdict::Impossible("no CPU is online".to_owned()),

@@ -10,19 +10,19 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use profiler_common::abi::{counter::Counter, sample::EventKind, settings::target};
 use tracing::info;
 
 use super::{logging::Logging, output::Output};
 use crate::{
-    config::{DEFAULT_FREQUENCY, valid_frequency},
+    config::{DEFAULT_FREQUENCY, DEFAULT_WAITS, valid_frequency},
     export::Format,
-    kernel::{self, BufferRows, Kernel, privileges},
-    pipeline::{self, DRAIN_INTERVAL, Pipeline},
+    kernel::{self, BufferRows, Kernel, WaitOptions, privileges},
+    pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
     process::children_of,
-    profile::Profile,
+    profile::{Events, Profile},
     status::Stats,
     unwind_info::DEFAULT_TABLE_BYTES,
 };
@@ -48,7 +48,14 @@ pub(super) struct Arguments {
     frequency: u64,
     /// What to record.
     #[arg(long, value_enum, default_value = "on-cpu")]
-    event: Event,
+    event: Events,
+    /// Stacks of waits that each CPU may take per second; 0: every wait's. Waits that are not sampled are
+    /// represented by others.
+    #[arg(long, value_name = "NUMBER", default_value_t = DEFAULT_WAITS.stacks_per_second)]
+    wait_stacks: u32,
+    /// Leave out waits that are shorter than this, for example 1ms.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "0s")]
+    min_wait: Duration,
     /// Form of the output; by default what its name ends in says (.svg, .folded, .pb.gz, .otlp).
     #[arg(long, value_enum)]
     format: Option<Format>,
@@ -74,21 +81,13 @@ Examples:
   profiler-agent record --output build.svg -- make -j8
 Ctrl-C ends a recording early; what was recorded is written.";
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Event {
-    /// Where CPU time goes.
-    OnCpu,
-    /// Where threads wait.
-    OffCpu,
-    /// Both.
-    Both,
-}
-
 /// Arguments, checked.
 struct Recording {
     pids: Vec<u32>,
     duration: Option<Duration>,
     frequency: u64,
+    events: Events,
+    waits: WaitOptions,
     format: Format,
     output: Output,
     btf: PathBuf,
@@ -98,9 +97,6 @@ struct Recording {
 
 impl Arguments {
     fn validate(self) -> anyhow::Result<Recording> {
-        if self.event != Event::OnCpu {
-            bail!("off-CPU recording is not part of this version; leave out --event or use --event on-cpu");
-        }
         let frequency = valid_frequency(self.frequency)?;
         for &pid in &self.pids {
             check_pid(pid)?;
@@ -137,6 +133,8 @@ impl Arguments {
             pids: self.pids,
             duration: self.duration,
             frequency,
+            events: self.event,
+            waits: WaitOptions { stacks_per_second: self.wait_stacks, min_duration: self.min_wait },
             format,
             output: Output::open(path)?,
             btf: self.btf,
@@ -183,15 +181,19 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
     let stats = Arc::new(Stats::default());
     let (kernel, mut child) = start_sampling(recording, logging)?;
     let started = Instant::now();
-    info!(
-        "sampling {} CPUs at {} Hz by {}",
-        kernel.clock().cpus(),
-        recording.frequency,
-        kernel.clock().source().map_or_else(String::new, |source| source.to_string()),
-    );
+    match kernel.clock() {
+        Some(clock) => info!(
+            "sampling {} CPUs at {} Hz by {}",
+            clock.cpus(),
+            recording.frequency,
+            clock.source().map_or_else(String::new, |source| source.to_string()),
+        ),
+        None => info!("following waits"),
+    }
     let mut watch = recording.pids.clone();
     watch.extend(child.as_ref().map(Child::id));
     let options = pipeline::Options {
+        events: recording.events,
         period: Duration::from_nanos(1_000_000_000 / recording.frequency),
         window: None,
         frame_cache_bytes: FRAME_CACHE_BYTES,
@@ -245,10 +247,10 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
         end_command(child);
     }
 
-    let profile = merge(collected, recording.frequency, elapsed);
+    let profile = merge(collected, recording, elapsed);
     let bytes = recording.format.encode(&profile)?;
     recording.output.write(&bytes)?;
-    stats.samples_exported.add(profile.total());
+    stats.exported.add(profile.total());
     eprintln!("{}", summary(&profile, &stats, elapsed, reason, &recording.output));
     outcome?;
     Ok(ExitCode::SUCCESS)
@@ -260,9 +262,11 @@ fn start_sampling(recording: &Recording, logging: Logging) -> anyhow::Result<(Ke
     let cpus = kernel::online_cpus().map_or(1, |cpus| cpus.len());
     let mut kernel = Kernel::load(&kernel::Options {
         btf: &recording.btf,
+        events: recording.events,
         frequency: recording.frequency,
+        waits: recording.waits,
         targets_only: limited,
-        rows: BufferRows::for_rate(cpus, recording.frequency, DRAIN_INTERVAL.as_secs()),
+        rows: BufferRows::for_rate(cpus, rows_per_second(recording.events, recording.frequency), DRAIN_INTERVAL.as_secs()),
         debug_log: logging.kernel_debug,
         walk_in_parts: recording.walk_in_parts,
     })?;
@@ -343,13 +347,13 @@ fn millis(duration: Duration) -> u64 {
 }
 
 /// One profile out of the windows that were closed early because they were full.
-fn merge(profiles: Vec<Profile>, frequency: u64, duration: Duration) -> Profile {
+fn merge(profiles: Vec<Profile>, recording: &Recording, duration: Duration) -> Profile {
     let mut profiles = profiles.into_iter();
     let mut merged = profiles.next().unwrap_or_else(|| Profile {
-        kind: EventKind::OnCpu,
+        events: recording.events,
         start: std::time::SystemTime::now(),
         duration,
-        period: Duration::from_nanos(1_000_000_000 / frequency),
+        period: Duration::from_nanos(1_000_000_000 / recording.frequency),
         samples: Vec::new(),
     });
     for profile in profiles {
@@ -359,16 +363,37 @@ fn merge(profiles: Vec<Profile>, frequency: u64, duration: Duration) -> Profile 
     merged
 }
 
-/// The last line: what was recorded, and what was not.
+/// The last lines: what was recorded, and what was not.
 fn summary(profile: &Profile, stats: &Stats, elapsed: Duration, reason: &str, output: &Output) -> String {
-    format!(
-        "recorded {:.1} s{reason}: {} samples in {} stacks to {}; seen {} = exported {} + lost {}",
-        elapsed.as_secs_f64(),
-        profile.total(),
-        profile.samples.len(),
-        output.name(),
-        stats.kernel(Counter::Seen),
-        stats.samples_exported.get(),
-        stats.lost_in_kernel() + stats.dropped().iter().map(|(_, _, count)| count).sum::<u64>(),
-    )
+    let total = profile.total();
+    let mut text = format!("recorded {:.1} s{reason}: ", elapsed.as_secs_f64());
+    let stacks = format!("{} stacks to {}", profile.samples.len(), output.name());
+    if profile.events.includes_off_cpu() {
+        let (_, waited_ns) = stats.waits();
+        let seconds = |kind: EventKind| Duration::from_nanos(waited_ns[kind as usize]).as_secs_f64();
+        text += &format!(
+            "{} waits ended, {} of them sampled; {:.3} s blocked, {:.3} s uninterruptible, {:.3} s for a CPU, \
+             {:.3} s exported, {:.3} s lost",
+            stats.kernel(Counter::WaitsEnded),
+            stats.kernel(Counter::WaitsSampled),
+            seconds(EventKind::Blocked),
+            seconds(EventKind::Uninterruptible),
+            seconds(EventKind::RunQueue),
+            total.off_cpu().as_secs_f64(),
+            Duration::from_nanos(stats.kernel(Counter::WaitsLostNs) + stats.dropped_in_all().off_cpu_ns).as_secs_f64(),
+        );
+        text += if profile.events.includes_on_cpu() { "; " } else { "; in " };
+    }
+    if profile.events.includes_on_cpu() {
+        text += &format!(
+            "{} samples in {stacks}; seen {} = exported {} + lost {}",
+            total.samples,
+            stats.kernel(Counter::Seen),
+            stats.exported.get().samples,
+            stats.lost_in_kernel() + stats.dropped_in_all().samples,
+        );
+    } else {
+        text += &stacks;
+    }
+    text
 }

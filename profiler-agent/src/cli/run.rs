@@ -14,9 +14,9 @@ use super::logging::Logging;
 use crate::{
     config::{Config, Overrides},
     export::otlp::{self, Client},
-    kernel::{self, BufferRows, Kernel, privileges},
-    pipeline::{self, DRAIN_INTERVAL, Pipeline},
-    profile::Profile,
+    kernel::{self, BufferRows, Clock, Kernel, privileges},
+    pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
+    profile::{Events, Profile},
     status::{self, Stats},
 };
 
@@ -38,6 +38,16 @@ pub(super) struct Arguments {
     /// Samples per second and CPU.
     #[arg(long, env = "PROFILER_FREQUENCY")]
     frequency: Option<u64>,
+    /// What to record.
+    #[arg(long, value_enum, env = "PROFILER_EVENT")]
+    event: Option<Events>,
+    /// Stacks of waits that each CPU may take per second; 0: every wait's. Waits that are not sampled are
+    /// represented by others.
+    #[arg(long, env = "PROFILER_WAIT_STACKS", value_name = "NUMBER")]
+    wait_stacks: Option<u32>,
+    /// Leave out waits that are shorter than this, for example 1ms.
+    #[arg(long, env = "PROFILER_MIN_WAIT", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    min_wait: Option<Duration>,
     /// Most kernel memory for the rows of unwind tables, MiB. What does not fit is evicted by least use.
     #[arg(long, env = "PROFILER_UNWIND_TABLE_MIB", value_name = "MIB")]
     unwind_table_mib: Option<u32>,
@@ -64,6 +74,9 @@ Examples:
 Configuration file, with the defaults:
   sampling:
     frequency: 99
+    event: on-cpu
+    wait_stacks: 2000
+    min_wait: 0s
   unwind:
     table_mib: 64
   export:
@@ -77,6 +90,9 @@ SIGINT and SIGTERM stop the daemon; the last window is exported first.";
 pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<ExitCode> {
     let overrides = Overrides {
         frequency: arguments.frequency,
+        events: arguments.event,
+        wait_stacks: arguments.wait_stacks,
+        min_wait: arguments.min_wait,
         table_mib: arguments.unwind_table_mib,
         endpoint: arguments.endpoint.or_else(|| std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok()),
         window: arguments.window,
@@ -106,26 +122,32 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
     let cpus = kernel::online_cpus().map_or(1, |cpus| cpus.len());
     let mut kernel = Kernel::load(&kernel::Options {
         btf,
+        events: config.events,
+        waits: config.waits,
         frequency: config.frequency,
         targets_only: false,
-        rows: BufferRows::for_rate(cpus, config.frequency, DRAIN_INTERVAL.as_secs()),
+        rows: BufferRows::for_rate(cpus, rows_per_second(config.events, config.frequency), DRAIN_INTERVAL.as_secs()),
         debug_log: logging.kernel_debug,
         walk_in_parts: false,
     })?;
     kernel.attach_notices()?;
     kernel.start()?;
+    let cpu_time = kernel.clock().map(|clock| {
+        let source = clock.source().map_or_else(String::new, |source| source.to_string());
+        format!("sampling {} CPUs at {} Hz by {source}", clock.cpus(), config.frequency)
+    });
+    let waits = config.events.includes_off_cpu().then(|| "following waits".to_owned());
     info!(
-        "sampling {} CPUs at {} Hz by {}, {} ms after start; exporting to {} every {}; status on http://{}/metrics",
-        kernel.clock().cpus(),
-        config.frequency,
-        kernel.clock().source().map_or_else(String::new, |source| source.to_string()),
+        "{}, {} ms after start; exporting to {} every {}; status on http://{}/metrics",
+        [cpu_time, waits].into_iter().flatten().collect::<Vec<_>>().join(" and "),
         started.elapsed().as_millis(),
         client.endpoint(),
         humantime::format_duration(config.window),
         config.status,
     );
-    stats.set_clock(kernel.clock().cpus());
+    stats.set_clock(kernel.clock().map_or(0, Clock::cpus));
     let options = pipeline::Options {
+        events: config.events,
         period: Duration::from_nanos(1_000_000_000 / config.frequency),
         window: Some(config.window),
         frame_cache_bytes: FRAME_CACHE_BYTES,
@@ -156,9 +178,9 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
     info!(
         "stopped: seen {}, exported {}, lost in kernel {}, dropped {}",
         stats.kernel(profiler_common::abi::counter::Counter::Seen),
-        stats.samples_exported.get(),
+        stats.exported.get().samples,
         stats.lost_in_kernel(),
-        stats.dropped().iter().map(|(_, _, count)| count).sum::<u64>(),
+        stats.dropped_in_all().samples,
     );
     outcome.map(|()| ExitCode::SUCCESS)
 }
@@ -172,12 +194,12 @@ async fn export(
 ) {
     let mut reachable = true;
     while let Some(profile) = profiles.recv().await {
-        for (samples, request) in otlp::requests(&profile) {
+        for (tally, request) in otlp::requests(&profile) {
             let sent = request.resource_profiles.len();
             let outcome = tokio::select! {
                 biased;
                 _ = given_up.wait_for(|&given_up| given_up) => {
-                    stats.dropped_at_shutdown.add(samples);
+                    stats.dropped_at_shutdown.add(tally);
                     continue;
                 }
                 outcome = send(&mut client, request, &stats) => outcome,
@@ -187,17 +209,17 @@ async fn export(
                     let rejected = usize::try_from(rejected).unwrap_or_default();
                     stats.profiles_rejected.add(rejected as u64);
                     // (Which samples a partial rejection hit is not said; all of them is the only sure case.)
-                    let counter = if rejected >= sent { &stats.dropped_refused } else { &stats.samples_exported };
-                    counter.add(samples);
+                    let counter = if rejected >= sent { &stats.dropped_refused } else { &stats.exported };
+                    counter.add(tally);
                     if !reachable {
                         info!("{} accepts profiles again", client.endpoint());
                     }
                     reachable = true;
                 }
                 Err(error) => {
-                    stats.dropped_refused.add(samples);
+                    stats.dropped_refused.add(tally);
                     if reachable {
-                        warn!("{samples} samples were dropped: {}: {error}", client.endpoint());
+                        warn!("{} samples were dropped: {}: {error}", tally.samples, client.endpoint());
                     }
                     reachable = false;
                 }

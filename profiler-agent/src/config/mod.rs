@@ -5,10 +5,12 @@ use std::{fs, net::SocketAddr, path::Path, time::Duration};
 use anyhow::{Context as _, bail};
 use serde::Deserialize;
 
-use crate::unwind_info::DEFAULT_TABLE_BYTES;
+use crate::{kernel::WaitOptions, profile::Events, unwind_info::DEFAULT_TABLE_BYTES};
 
 /// Samples per second and CPU. Off the round hundred, so that sampling does not keep step with timers.
 pub const DEFAULT_FREQUENCY: u64 = 99;
+/// How waits are sampled: 2,000 stacks a second take less than 1 % of a CPU.
+pub const DEFAULT_WAITS: WaitOptions = WaitOptions { stacks_per_second: 2000, min_duration: Duration::ZERO };
 /// Where a local Collector or profiler-server listens.
 const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:4317";
 const DEFAULT_STATUS: &str = "127.0.0.1:7081";
@@ -33,6 +35,9 @@ struct File {
 #[serde(deny_unknown_fields, default)]
 struct Sampling {
     frequency: Option<u64>,
+    event: Option<Events>,
+    wait_stacks: Option<u32>,
+    min_wait: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -59,6 +64,12 @@ struct Status {
 pub struct Overrides {
     /// Samples per second and CPU.
     pub frequency: Option<u64>,
+    /// What is recorded.
+    pub events: Option<Events>,
+    /// Stacks of waits per second and CPU.
+    pub wait_stacks: Option<u32>,
+    /// Waits that are shorter are left out.
+    pub min_wait: Option<Duration>,
     /// Most kernel memory for rows of unwind tables, MiB.
     pub table_mib: Option<u32>,
     /// OTLP endpoint.
@@ -74,6 +85,10 @@ pub struct Overrides {
 pub struct Config {
     /// Samples per second and CPU.
     pub frequency: u64,
+    /// What is recorded.
+    pub events: Events,
+    /// How waits are sampled.
+    pub waits: WaitOptions,
     /// Most kernel memory for rows of unwind tables, bytes.
     pub table_bytes: usize,
     /// OTLP endpoint, gRPC.
@@ -124,7 +139,21 @@ impl Config {
                 TABLE_MIB_RANGE.end()
             );
         }
+        let min_wait = match (overrides.min_wait, file.sampling.min_wait) {
+            (Some(min_wait), _) => min_wait,
+            (None, Some(text)) => humantime::parse_duration(&text)
+                .with_context(|| format!("sampling.min_wait: {text:?} is not a duration such as 100us or 1ms"))?,
+            (None, None) => DEFAULT_WAITS.min_duration,
+        };
         Ok(Self {
+            events: overrides.events.or(file.sampling.event).unwrap_or(Events::OnCpu),
+            waits: WaitOptions {
+                stacks_per_second: overrides
+                    .wait_stacks
+                    .or(file.sampling.wait_stacks)
+                    .unwrap_or(DEFAULT_WAITS.stacks_per_second),
+                min_duration: min_wait,
+            },
             table_bytes: (table_mib as usize) << 20,
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
             endpoint: overrides.endpoint.or(file.export.endpoint).unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
@@ -176,6 +205,8 @@ mod tests {
     fn default() -> Config {
         Config {
             frequency: 99,
+            events: Events::OnCpu,
+            waits: DEFAULT_WAITS,
             table_bytes: 64 << 20,
             endpoint: DEFAULT_ENDPOINT.to_owned(),
             window: DEFAULT_WINDOW,
@@ -190,6 +221,15 @@ mod tests {
         check("# only a comment\n", Overrides::default(), Ok(default()));
         check("sampling:\n  frequency: 49\n", Overrides::default(), Ok(Config { frequency: 49, ..default() }));
         check(
+            "sampling:\n  event: both\n  min_wait: 1ms\n",
+            Overrides { wait_stacks: Some(0), ..Overrides::default() },
+            Ok(Config {
+                events: Events::Both,
+                waits: WaitOptions { stacks_per_second: 0, min_duration: Duration::from_millis(1) },
+                ..default()
+            }),
+        );
+        check(
             "sampling:\n  frequency: 49\nexport:\n  window: 1m\n",
             Overrides { frequency: Some(19), ..Overrides::default() },
             Ok(Config { frequency: 19, window: Duration::from_secs(60), ..default() }),
@@ -200,6 +240,8 @@ mod tests {
     #[test]
     fn refusals_name_the_setting() {
         check("sampling:\n  frequncy: 49\n", Overrides::default(), Err("frequncy"));
+        check("sampling:\n  event: sometimes\n", Overrides::default(), Err("sometimes"));
+        check("sampling:\n  min_wait: short\n", Overrides::default(), Err("sampling.min_wait"));
         check("export:\n  window: soon\n", Overrides::default(), Err("export.window"));
         check("export:\n  window: 1ms\n", Overrides::default(), Err("1s to 10m"));
         check("unwind:\n  table_mib: 1000\n", Overrides::default(), Err("unwind.table_mib"));

@@ -8,13 +8,14 @@ pub mod svg;
 use std::path::Path;
 
 use clap::ValueEnum;
+use profiler_common::abi::sample::EventKind;
 
 use crate::profile::{Profile, Sample};
 
 /// Form of a written profile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// One line per stack: `process;frame;...;leaf COUNT`, root first.
+    /// One line per stack: `process;frame;...;leaf COUNT`, root first; microseconds where waits are recorded.
     Folded,
     /// Gzip-compressed protobuf for `go tool pprof` and its relatives.
     Pprof,
@@ -58,6 +59,11 @@ fn incomplete_marker(sample: &Sample) -> Option<String> {
     (!sample.end.is_whole()).then(|| format!("[incomplete: {}]", sample.end.label()))
 }
 
+/// Frame that stands beyond the leaf of a wait whose kernel frames do not tell its kind.
+fn wait_marker(sample: &Sample) -> Option<&'static str> {
+    (sample.kind == EventKind::RunQueue).then_some("[run queue]")
+}
+
 #[cfg(test)]
 pub(crate) mod testing {
     //! A small profile for the exporters' tests.
@@ -73,7 +79,7 @@ pub(crate) mod testing {
     };
 
     use crate::profile::{
-        Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, ProcessInfo, Profile, Sample, Segment,
+        Events, Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, ProcessInfo, Profile, Sample, Segment,
         VirtualAddress,
     };
 
@@ -115,14 +121,16 @@ pub(crate) mod testing {
         let sample = |thread: &str, end, frames, count| Sample {
             process: Arc::clone(&process),
             thread_name: thread.into(),
+            kind: EventKind::OnCpu,
             end,
             frames,
             count,
+            time_ns: 0,
         };
         let whole =
             || vec![Arc::clone(&kernel), native(function("work"), 0x40_1100), native(function("main"), 0x40_1200)];
         Profile {
-            kind: EventKind::OnCpu,
+            events: Events::OnCpu,
             start: UNIX_EPOCH + Duration::from_secs(1_700_000_000),
             duration: Duration::from_secs(10),
             period: Duration::from_nanos(10_101_010),
@@ -132,5 +140,14 @@ pub(crate) mod testing {
                 sample("two", StackEnd::DepthLimit, vec![unmapped, native(FrameName::Unnamed, 0x40_1300)], 3),
             ],
         }
+    }
+
+    /// The same with waits: 3 ms blocked and 2 ms waiting for a CPU in one stack.
+    pub(crate) fn both() -> Profile {
+        let mut profile = profile();
+        let wait = |kind, time_ns| Sample { kind, count: 4, time_ns, ..profile.samples[0].clone() };
+        let waits = [wait(EventKind::Blocked, 3_000_000), wait(EventKind::RunQueue, 2_000_000)];
+        profile.samples.extend(waits);
+        Profile { events: Events::Both, ..profile }
     }
 }

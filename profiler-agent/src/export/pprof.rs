@@ -7,12 +7,11 @@ use std::{collections::HashMap, io::Write as _, time::UNIX_EPOCH};
 
 use anyhow::Context as _;
 use flate2::{Compression, write::GzEncoder};
-use profiler_common::abi::sample::EventKind;
 use prost::Message;
 
-use super::incomplete_marker;
+use super::{incomplete_marker, wait_marker};
 use crate::label;
-use crate::profile::{ExecutableId, Frame, FrameName, FrameType, Profile};
+use crate::profile::{Events, ExecutableId, Frame, FrameName, FrameType, Profile};
 
 #[derive(Clone, PartialEq, Eq, Message)]
 struct ValueType {
@@ -130,14 +129,22 @@ fn build(profile: &Profile) -> PprofProfile {
     let mut tables = Tables::default();
     tables.string("");
     let period = i64::try_from(profile.period.as_nanos()).unwrap_or(i64::MAX);
-    let (time_type, samples_type) = match profile.kind {
-        EventKind::OnCpu => (tables.value_type("cpu", "nanoseconds"), tables.value_type("samples", "count")),
-    };
+    let (on_cpu, off_cpu) = (profile.events.includes_on_cpu(), profile.events.includes_off_cpu());
+    let mut sample_type = vec![tables.value_type("samples", "count")];
+    if on_cpu {
+        sample_type.push(tables.value_type("cpu", "nanoseconds"));
+    }
+    if off_cpu {
+        sample_type.push(tables.value_type("offcpu", "nanoseconds"));
+    }
+    // What is shown unless asked otherwise, and what the period is one of.
+    let time_type = sample_type[1].clone();
     let samples = profile
         .samples
         .iter()
         .map(|sample| {
-            let mut location_id: Vec<u64> = sample.frames.iter().map(|frame| tables.location(frame)).collect();
+            let mut location_id: Vec<u64> = wait_marker(sample).iter().map(|marker| tables.marker(marker)).collect();
+            location_id.extend(sample.frames.iter().map(|frame| tables.location(frame)));
             let mut labels = vec![
                 Label { key: tables.string("pid"), str: 0, num: i64::from(sample.process.key.tgid) },
                 Label { key: tables.string("thread_name"), str: tables.string(&sample.thread_name), num: 0 },
@@ -150,12 +157,23 @@ fn build(profile: &Profile) -> PprofProfile {
                 location_id.push(tables.marker(&marker));
                 labels.push(Label { key: tables.string("stack_end"), str: tables.string(sample.end.label()), num: 0 });
             }
+            if sample.kind.is_off_cpu() {
+                labels.push(Label {
+                    key: tables.string("off_cpu_state"),
+                    str: tables.string(sample.kind.label()),
+                    num: 0,
+                });
+            }
             let count = i64::try_from(sample.count).unwrap_or(i64::MAX);
-            PprofSample { location_id, value: vec![count, count.saturating_mul(period)], label: labels }
+            let cpu = if sample.kind.is_off_cpu() { 0 } else { count.saturating_mul(period) };
+            let mut value = vec![count];
+            value.extend(on_cpu.then_some(cpu));
+            value.extend(off_cpu.then(|| i64::try_from(sample.time_ns).unwrap_or(i64::MAX)));
+            PprofSample { location_id, value, label: labels }
         })
         .collect();
     PprofProfile {
-        sample_type: vec![samples_type, time_type.clone()],
+        sample_type,
         sample: samples,
         time_nanos: profile
             .start
@@ -166,7 +184,7 @@ fn build(profile: &Profile) -> PprofProfile {
         duration_nanos: i64::try_from(profile.duration.as_nanos()).unwrap_or(i64::MAX),
         default_sample_type: time_type.r#type,
         period_type: Some(time_type),
-        period,
+        period: if profile.events == Events::OffCpu { 0 } else { period },
         mapping: tables.mappings,
         location: tables.locations,
         function: tables.functions,

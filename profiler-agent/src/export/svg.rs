@@ -2,10 +2,9 @@
 
 use anyhow::Context as _;
 use inferno::flamegraph::{self, Options, Palette, color::MultiPalette};
-use profiler_common::abi::sample::EventKind;
 
 use super::folded;
-use crate::profile::Profile;
+use crate::profile::{Events, Profile};
 
 /// Draws a profile.
 pub fn encode(profile: &Profile) -> anyhow::Result<Vec<u8>> {
@@ -15,16 +14,22 @@ pub fn encode(profile: &Profile) -> anyhow::Result<Vec<u8>> {
         return Ok(EMPTY.as_bytes().to_vec());
     }
     let mut options = Options::default();
-    options.title = match profile.kind {
-        EventKind::OnCpu => "CPU flame graph".to_owned(),
+    let title = match profile.events {
+        Events::OnCpu => "CPU flame graph",
+        Events::OffCpu => "Off-CPU flame graph",
+        Events::Both => "CPU and off-CPU flame graph",
     };
-    options.subtitle = Some(format!(
-        "{} samples in {:.1} s, {:.3} ms of CPU time each",
-        profile.total(),
-        profile.duration.as_secs_f64(),
-        profile.period.as_secs_f64() * 1e3,
-    ));
-    options.count_name = "samples".to_owned();
+    options.title = title.to_owned();
+    let total = profile.total();
+    let on_cpu = format!("{} samples, {:.3} ms of CPU time each", total.samples, profile.period.as_secs_f64() * 1e3);
+    let off_cpu = format!("{:.3} s off the CPU", total.off_cpu().as_secs_f64());
+    let seconds = profile.duration.as_secs_f64();
+    options.subtitle = Some(match profile.events {
+        Events::OnCpu => format!("{on_cpu}, in {seconds:.1} s"),
+        Events::OffCpu => format!("{off_cpu}, in {seconds:.1} s"),
+        Events::Both => format!("{on_cpu}; {off_cpu}; in {seconds:.1} s"),
+    });
+    options.count_name = if profile.events == Events::OnCpu { "samples" } else { "µs" }.to_owned();
     options.colors = Palette::Multi(MultiPalette::Java);
     options.no_sort = true;
     let mut svg = Vec::new();

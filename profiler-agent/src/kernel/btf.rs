@@ -63,7 +63,8 @@ pub struct KernelTypes {
     structs: HashMap<String, u32>,
     /// Members of every struct and union, by type ID.
     members: HashMap<u32, Vec<Member>>,
-    functions: HashMap<String, u32>,
+    /// Parameters of each function that was asked for.
+    functions: HashMap<String, usize>,
 }
 
 impl KernelTypes {
@@ -89,11 +90,15 @@ impl KernelTypes {
         bytes.get(types_start..types_end)?;
 
         let mut found = Self { strings, structs: HashMap::new(), members: HashMap::new(), functions: HashMap::new() };
+        // Functions refer to their parameters by type ID, which may come later.
+        let mut parameters: Vec<(u32, usize)> = Vec::new();
+        let mut function_types: Vec<(String, u32)> = Vec::new();
         let mut at = types_start;
         let mut type_id = 1u32;
         while at < types_end {
             let name_offset = word(at)?;
             let info = word(at + 4)?;
+            let size_or_type = word(at + 8)?;
             let (kind, entries, bitfields) = (info >> 24 & 0x1f, (info & 0xffff) as usize, info >> 31 == 1);
             at += 12;
             match kind {
@@ -119,18 +124,26 @@ impl KernelTypes {
                 KIND_FUNC => {
                     let name = found.string(name_offset)?;
                     if wanted_functions.contains(&name) {
-                        found.functions.insert(name.to_owned(), type_id);
+                        function_types.push((name.to_owned(), size_or_type));
                     }
                 }
                 KIND_INT | KIND_VAR | KIND_DECL_TAG => at += 4,
                 KIND_ARRAY => at += 12,
-                KIND_ENUM | KIND_FUNC_PROTO => at += entries * 8,
+                KIND_ENUM => at += entries * 8,
+                KIND_FUNC_PROTO => {
+                    parameters.push((type_id, entries));
+                    at += entries * 8;
+                }
                 KIND_DATASEC | KIND_ENUM64 => at += entries * 12,
                 // PTR, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT, FLOAT, TYPE_TAG have no further data.
                 2 | 7..=11 | 16 | 18 => {}
                 _ => return None,
             }
             type_id += 1;
+        }
+        for (name, prototype) in function_types {
+            let index = parameters.binary_search_by_key(&prototype, |&(id, _)| id).ok()?;
+            found.functions.insert(name, parameters[index].1);
         }
         Some(found)
     }
@@ -144,6 +157,11 @@ impl KernelTypes {
     /// Whether the kernel has a function of this name (among those asked for).
     pub fn has_function(&self, name: &str) -> bool {
         self.functions.contains_key(name)
+    }
+
+    /// How many parameters a function has (among those asked for).
+    pub fn parameters(&self, function: &str) -> Option<usize> {
+        self.functions.get(function).copied()
     }
 
     /// Byte offset of `member` in `structure`, looking into unnamed structs and unions as C does.

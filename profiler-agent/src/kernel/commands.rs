@@ -9,7 +9,8 @@ use std::{
 
 use zerocopy::IntoBytes as _;
 
-/// `BPF_MAP_LOOKUP_AND_DELETE_BATCH` (`include/uapi/linux/bpf.h`, Linux 5.6).
+/// `BPF_MAP_LOOKUP_BATCH` and `BPF_MAP_LOOKUP_AND_DELETE_BATCH` (`include/uapi/linux/bpf.h`, Linux 5.6).
+const LOOKUP_BATCH: libc::c_long = 24;
 const LOOKUP_AND_DELETE_BATCH: libc::c_long = 25;
 
 /// The `batch` member of `union bpf_attr`.
@@ -110,11 +111,33 @@ unsafe fn command<A>(command: libc::c_long, attributes: &mut A) -> io::Result<()
 /// Entries asked for at once, at first; a hash bucket that holds more makes the kernel ask for more room.
 const FIRST_BATCH: usize = 256;
 
+/// Reads a hash map: calls `row` with every key and value. Rows that are added or removed meanwhile may be missed.
+///
+/// `key_size` and `value_size` must be those of the map.
+pub fn read(
+    map: BorrowedFd<'_>,
+    key_size: usize,
+    value_size: usize,
+    row: impl FnMut(&[u8], &[u8]),
+) -> io::Result<()> {
+    in_batches(LOOKUP_BATCH, map, key_size, value_size, row)
+}
+
 /// Empties a hash map: calls `row` with every key and value, and deletes them.
 ///
 /// `key_size` and `value_size` must be those of the map. On error, rows already passed on were deleted and
 /// the rest are still in the map.
 pub fn drain(
+    map: BorrowedFd<'_>,
+    key_size: usize,
+    value_size: usize,
+    row: impl FnMut(&[u8], &[u8]),
+) -> io::Result<()> {
+    in_batches(LOOKUP_AND_DELETE_BATCH, map, key_size, value_size, row)
+}
+
+fn in_batches(
+    batch_command: libc::c_long,
     map: BorrowedFd<'_>,
     key_size: usize,
     value_size: usize,
@@ -137,7 +160,7 @@ pub fn drain(
         };
         // SAFETY: every pointer refers to a live buffer of at least the size the kernel writes: `count`
         // elements of the map's key and value size, and a cursor of at most 8 bytes (hash maps use 4).
-        let outcome = unsafe { command(LOOKUP_AND_DELETE_BATCH, &mut attributes) };
+        let outcome = unsafe { command(batch_command, &mut attributes) };
         let finished = match outcome {
             Ok(()) => false,
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,

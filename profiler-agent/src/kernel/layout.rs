@@ -1,6 +1,10 @@
 //! The running kernel's struct layout and features, as the kernel programs need them.
 
-use std::path::Path;
+use std::{
+    fs::File,
+    io::{BufRead as _, BufReader},
+    path::Path,
+};
 
 use profiler_common::abi::settings::{KernelLayout, LAYOUT_MAGIC};
 
@@ -21,6 +25,8 @@ pub struct Features {
     pub bpf_loop: bool,
     /// `bpf_task_pt_regs` (5.15): user registers without assuming the stack's layout.
     pub task_pt_regs: bool,
+    /// `sched_switch` passes the thread's state as its fourth argument (5.18): it cannot have changed since.
+    pub switch_state: bool,
 }
 
 /// Flags of threads that never run in user mode (`include/linux/sched.h`): io_uring workers, kernel threads, and
@@ -43,9 +49,15 @@ pub fn kernel_version() -> Option<(u32, u32)> {
 
 /// Reads layout and features from the BTF at `path`.
 pub fn read(path: &Path) -> Result<(KernelLayout, Features), KernelError> {
-    let types = KernelTypes::read(path, STRUCTS, &["bpf_loop", "bpf_task_pt_regs"])?;
-    let features =
-        Features { bpf_loop: types.has_function("bpf_loop"), task_pt_regs: types.has_function("bpf_task_pt_regs") };
+    // What calls the programs of a tracepoint: its parameters are `void *` and the tracepoint's.
+    const CALL_SWITCH: &str = "__traceiter_sched_switch";
+    let types = KernelTypes::read(path, STRUCTS, &["bpf_loop", "bpf_task_pt_regs", CALL_SWITCH])?;
+    let has_state_by_version = || kernel_version().is_some_and(|version| version >= (5, 18));
+    let features = Features {
+        bpf_loop: types.has_function("bpf_loop"),
+        task_pt_regs: types.has_function("bpf_task_pt_regs"),
+        switch_state: types.parameters(CALL_SWITCH).map_or_else(has_state_by_version, |parameters| parameters >= 5),
+    };
     let offset = |structure: &'static str, member: &'static str| {
         types.offset(structure, member).ok_or(KernelError::MissingMember { structure, member })
     };
@@ -58,11 +70,36 @@ pub fn read(path: &Path) -> Result<(KernelLayout, Features), KernelError> {
         task_self_exec_id: offset("task_struct", "self_exec_id")?,
         task_comm: offset("task_struct", "comm")?,
         task_signal: offset("task_struct", "signal")?,
+        task_pid: offset("task_struct", "pid")?,
+        // (Renamed in 5.14.)
+        task_state: offset("task_struct", "__state").or_else(|_| offset("task_struct", "state"))?,
+        task_start_time: offset("task_struct", "start_time")?,
         signal_live: offset("signal_struct", "live")?,
         thread_size: THREAD_SIZE,
         magic: LAYOUT_MAGIC,
     };
     Ok((layout, features))
+}
+
+/// Where the kernel keeps its scheduler's code: `__sched_text_start` and `__sched_text_end`. `None` where symbols
+/// cannot be read.
+pub(super) fn scheduler_code() -> Option<(u64, u64)> {
+    let mut symbols = BufReader::new(File::open("/proc/kallsyms").ok()?);
+    let (mut start, mut end) = (None, None);
+    let mut line = String::new();
+    while (start.is_none() || end.is_none()) && symbols.read_line(&mut line).ok()? > 0 {
+        // (`ffffffff81e00000 T __sched_text_start`)
+        let bound = match line.trim_end().rsplit(' ').next() {
+            Some("__sched_text_start") => Some(&mut start),
+            Some("__sched_text_end") => Some(&mut end),
+            _ => None,
+        };
+        if let Some(bound) = bound {
+            *bound = u64::from_str_radix(line.split(' ').next()?, 16).ok().filter(|&address| address != 0);
+        }
+        line.clear();
+    }
+    Some((start?, end?))
 }
 
 impl From<BtfError> for KernelError {

@@ -13,8 +13,9 @@ mod mmap_events;
 pub mod privileges;
 mod rings;
 mod tables;
+mod waits;
 
-use std::{io, path::Path};
+use std::{io, path::Path, time::Duration};
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
@@ -26,10 +27,13 @@ use profiler_common::abi::{
     counter::Counter,
     sample::{LARGE_FRAMES, MEDIUM_FRAMES, SMALL_FRAMES, Sample},
     settings::{SETTINGS_MAGIC, Settings},
+    waits::ThreadWait,
 };
 use thiserror::Error;
 use tracing::{debug, warn};
 use zerocopy::IntoBytes as _;
+
+use crate::profile::Events;
 
 use self::buffers::DoubleBuffer;
 pub use self::{
@@ -42,6 +46,7 @@ pub use self::{
     rings::{DebugLog, Ring},
     tables::{KernelMappings, KernelTables},
 };
+use self::waits::WaitPrograms;
 
 /// The kernel programs, built from `profiler-ebpf` by the build script.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PROFILER_EBPF_OBJECT"));
@@ -119,8 +124,12 @@ fn first_line(error: &(impl std::error::Error + 'static)) -> String {
 pub struct Options<'a> {
     /// Where to read the kernel's type information.
     pub btf: &'a Path,
+    /// What to record.
+    pub events: Events,
     /// Samples per second and CPU.
     pub frequency: u64,
+    /// How waits are sampled.
+    pub waits: WaitOptions,
     /// Sample only processes named with [`Kernel::set_target`], and their children.
     pub targets_only: bool,
     /// Rows of the sample buffers.
@@ -131,10 +140,23 @@ pub struct Options<'a> {
     pub walk_in_parts: bool,
 }
 
+/// How waits are sampled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaitOptions {
+    /// Stacks that each CPU may take per second; zero: as many as there are.
+    pub stacks_per_second: u32,
+    /// Sampled waits that are shorter are not exported.
+    pub min_duration: Duration,
+}
+
 /// The loaded kernel programs and their maps.
 pub struct Kernel {
     ebpf: Ebpf,
-    clock: Clock,
+    /// Absent where only waits are recorded.
+    clock: Option<Clock>,
+    /// Absent where only CPU time is recorded.
+    waits: Option<WaitPrograms>,
+    waits_refused: Option<KernelError>,
     small: DoubleBuffer,
     medium: DoubleBuffer,
     large: DoubleBuffer,
@@ -151,11 +173,18 @@ impl Kernel {
     /// Loads programs and maps. Nothing is sampled before [`Self::start`].
     pub fn load(options: &Options<'_>) -> Result<Self, KernelError> {
         let (layout, features) = layout::read(options.btf)?;
+        let follow_waits = options.events.includes_off_cpu();
+        let scheduler = if follow_waits { layout::scheduler_code().unwrap_or_default() } else { (0, 0) };
         let settings = Settings {
             targets_only: u32::from(options.targets_only),
             has_task_pt_regs: u32::from(features.task_pt_regs),
             no_user_mode_flags: layout::no_user_mode_flags(),
             magic: SETTINGS_MAGIC,
+            wait_stacks_per_second: options.waits.stacks_per_second,
+            has_state_argument: u32::from(features.switch_state),
+            min_wait_ns: u64::try_from(options.waits.min_duration.as_nanos()).unwrap_or(u64::MAX),
+            sched_text_start: scheduler.0,
+            sched_text_end: scheduler.1,
         };
         let types = Btf::parse_file(options.btf, aya::Endianness::default())
             .map_err(|error| KernelError::Load(aya::EbpfError::BtfError(error)))?;
@@ -165,6 +194,7 @@ impl Kernel {
             .override_global("SETTINGS", settings.as_bytes(), true)
             .override_global("LAYOUT", layout.as_bytes(), true)
             .override_global(aya_log::LEVEL, &log_level, true)
+            .map_max_entries(waits::THREADS, waits::max_threads(follow_waits))
             .load(OBJECT)?;
 
         let buffer = |ebpf: &mut Ebpf, name: &'static str, value_size: usize, rows: u32| {
@@ -187,16 +217,29 @@ impl Kernel {
             program.load(event, &types).map_err(|error| KernelError::Program { program: name, error })?;
         }
         let in_parts = options.walk_in_parts || !features.bpf_loop;
-        let clock_program = if in_parts { "on_cpu_in_parts" } else { "on_cpu_loop" };
-        let walk_on = if in_parts { Some(load_walk_on(&mut ebpf)?) } else { None };
-        let program: &mut PerfEvent = program(&mut ebpf, clock_program)?;
-        program.load().map_err(|error| KernelError::Program { program: clock_program, error })?;
-        let clock = Clock::new(clock_program, options.frequency);
+        let mut walk_on = None;
+        let mut clock = None;
+        if options.events.includes_on_cpu() {
+            let clock_program = if in_parts { "on_cpu_in_parts" } else { "on_cpu_loop" };
+            walk_on = if in_parts { Some(load_walk_on(&mut ebpf)?) } else { None };
+            let program: &mut PerfEvent = program(&mut ebpf, clock_program)?;
+            program.load().map_err(|error| KernelError::Program { program: clock_program, error })?;
+            clock = Some(Clock::new(clock_program, options.frequency));
+        }
+        let (waits, waits_refused) = match follow_waits.then(|| WaitPrograms::load(&mut ebpf, &types, in_parts)) {
+            Some(Ok(waits)) => (Some(waits), None),
+            // CPU time alone is better than nothing.
+            Some(Err(error)) if options.events.includes_on_cpu() => (None, Some(error)),
+            Some(Err(error)) => return Err(error),
+            None => (None, None),
+        };
         drop(types);
         release_free_memory();
         Ok(Self {
             ebpf,
             clock,
+            waits,
+            waits_refused,
             small,
             medium,
             large,
@@ -218,25 +261,46 @@ impl Kernel {
         Ok(())
     }
 
-    /// Starts the sampling clock on every online CPU.
+    /// Starts the sampling clock on every online CPU, and follows waits from here on.
     pub fn start(&mut self) -> Result<(), KernelError> {
-        self.clock.start(&mut self.ebpf)
+        if let Some(waits) = &mut self.waits {
+            waits.attach(&mut self.ebpf)?;
+        }
+        self.clock.as_mut().map_or(Ok(()), |clock| clock.start(&mut self.ebpf))
     }
 
     /// Starts the clock on CPUs that came online and forgets those that went.
     pub fn follow_hotplug(&mut self) -> Result<(), KernelError> {
         let fired = self.counters.get(&(Counter::Fired as u32), 0)?.to_vec();
-        self.clock.follow_hotplug(&mut self.ebpf, fired)
+        self.clock.as_mut().map_or(Ok(()), |clock| clock.follow_hotplug(&mut self.ebpf, fired))
     }
 
-    /// Stops the sampling clock everywhere; samples already taken stay in the buffers.
+    /// Stops the sampling clock everywhere and follows no more waits; samples already taken stay in the buffers.
     pub fn stop(&mut self) -> Result<(), KernelError> {
-        self.clock.stop(&mut self.ebpf)
+        let waits = self.waits.as_mut().map_or(Ok(()), |waits| waits.detach(&mut self.ebpf));
+        let clock = self.clock.as_mut().map_or(Ok(()), |clock| clock.stop(&mut self.ebpf));
+        waits.and(clock)
     }
 
-    /// What the clock is.
-    pub fn clock(&self) -> &Clock {
-        &self.clock
+    /// What the clock is; `None` where only waits are recorded.
+    pub fn clock(&self) -> Option<&Clock> {
+        self.clock.as_ref()
+    }
+
+    /// Why waits are not followed although they were asked for.
+    pub fn waits_refused(&self) -> Option<&KernelError> {
+        self.waits_refused.as_ref()
+    }
+
+    /// Reads every thread that is waiting now, with the time of the kernel's clock at the beginning; `None` where
+    /// waits are not followed.
+    pub fn waiting_threads(&self, thread: impl FnMut(u32, ThreadWait)) -> Result<Option<u64>, KernelError> {
+        self.waits.as_ref().map(|waits| waits.threads(thread)).transpose()
+    }
+
+    /// Time that threads in scope have waited, whether sampled or not, nanoseconds by `EventKind`.
+    pub fn waited(&self) -> Result<[u64; 8], KernelError> {
+        self.waits.as_ref().map_or(Ok([0; 8]), WaitPrograms::waited)
     }
 
     /// What this kernel offers.

@@ -211,6 +211,7 @@ impl ProcessTable {
             end,
             locations,
             count: sample.count,
+            time_ns: 0,
         }
     }
 

@@ -7,7 +7,7 @@ use profiler_common::abi::{
     sample::{EventKind, StackEnd},
 };
 
-use super::{Executable, FileOffset};
+use super::{Executable, FileOffset, Tally};
 
 /// Where a frame's code is.
 #[derive(Clone, Debug)]
@@ -49,6 +49,15 @@ pub struct LocatedSample {
     pub end: StackEnd,
     /// Frames, leaf first, kernel before user.
     pub locations: Vec<Location>,
-    /// How many samples this stands for.
+    /// How many samples this stands for; of waits, how many.
     pub count: u64,
+    /// Time off the CPU, nanoseconds; zero for samples of CPU time.
+    pub time_ns: u64,
+}
+
+impl LocatedSample {
+    /// How much it stands for.
+    pub fn tally(&self) -> Tally {
+        Tally::of(self.kind, self.count, self.time_ns)
+    }
 }

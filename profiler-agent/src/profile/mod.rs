@@ -2,6 +2,7 @@
 //! a [`RawSample`] of addresses, a [`LocatedSample`] of places in files, and a [`Profile`] of named samples.
 
 mod address;
+mod events;
 mod executable;
 mod frame;
 mod located;
@@ -10,9 +11,10 @@ mod sample;
 
 pub use self::{
     address::{CodeAddress, FileOffset, VirtualAddress},
+    events::{Events, Tally},
     executable::{Executable, ExecutableId, Segment},
     frame::{Frame, FrameName, FrameType, printable},
     located::{LocatedSample, Location, ProcessInfo},
-    raw::{DecodeError, RawSample},
+    raw::{DecodeError, RawSample, Waited},
     sample::{Profile, Sample},
 };

@@ -2,7 +2,7 @@
 
 use profiler_common::abi::{
     process::{Comm, ProcessKey},
-    sample::{EventKind, SampleHeader, StackEnd},
+    sample::{EventKind, SampleHeader, SampleKey, StackEnd},
 };
 use thiserror::Error;
 use zerocopy::FromBytes as _;
@@ -24,8 +24,27 @@ pub struct RawSample {
     pub kernel: Vec<u64>,
     /// User addresses, leaf first.
     pub user: Vec<u64>,
-    /// How many samples this stands for.
+    /// How many samples this stands for; of waits, how many that ended.
     pub count: u64,
+    /// What threads waited.
+    pub waited: Waited,
+    /// What tells the row from others.
+    pub key: SampleKey,
+    /// The frames were in an earlier row of the same key; there are none here.
+    pub is_reference: bool,
+}
+
+/// The part of a row that only waits have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waited {
+    /// Time that threads were blocked, nanoseconds.
+    pub blocked_ns: u64,
+    /// Time that threads waited for a CPU, nanoseconds.
+    pub queued_ns: u64,
+    /// Sampled waits that began.
+    pub began: u32,
+    /// Sampled waits that ended.
+    pub ended: u32,
 }
 
 /// Why bytes are not a sample. Kernel and agent are built together, so this is a bug, but not a reason to stop.
@@ -52,7 +71,12 @@ impl RawSample {
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let truncated = DecodeError::Truncated { len: bytes.len() };
         let Ok((header, frames)) = SampleHeader::read_from_prefix(bytes) else { return Err(truncated) };
-        let (kernel_len, user_len) = (usize::from(header.kernel_frames), usize::from(header.user_frames));
+        let is_reference = header.is_reference != 0;
+        let (kernel_len, user_len) = if is_reference {
+            (0, 0)
+        } else {
+            (usize::from(header.kernel_frames), usize::from(header.user_frames))
+        };
         let mut words = frames.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap_or_default()));
         if words.len() < kernel_len + user_len {
             return Err(truncated);
@@ -68,6 +92,14 @@ impl RawSample {
             kernel: words.by_ref().take(kernel_len).collect(),
             user: words.take(user_len).collect(),
             count: header.count,
+            waited: Waited {
+                blocked_ns: header.blocked_ns,
+                queued_ns: header.queued_ns,
+                began: header.waits as u32,
+                ended: (header.waits >> 32) as u32,
+            },
+            key: header.key(),
+            is_reference,
         })
     }
 }
@@ -124,7 +156,7 @@ mod tests {
             assert_eq!(RawSample::decode(&bytes[..len]), Err(DecodeError::Truncated { len }));
         }
         let mut unknown = row(&[], &[]);
-        unknown[60] = 99;
+        unknown[92] = 99;
         assert_eq!(RawSample::decode(&unknown), Err(DecodeError::UnknownValue { field: "event kind", value: 99 }));
     }
 }

@@ -7,7 +7,7 @@ use std::{
     fs,
 };
 
-use profiler_common::abi::counter::Counter;
+use profiler_common::abi::{counter::Counter, sample::EventKind};
 
 use super::Stats;
 
@@ -24,7 +24,7 @@ pub(super) fn render(stats: &Stats) -> String {
     page.counter("drains_postponed", "Drains put off because naming was behind.", stats.drains_postponed.get());
     page.counter("windows_closed", "Aggregation windows closed.", stats.windows_closed.get());
     page.counter("rows_exported", "Rows (distinct stacks per window) handed to exporters.", stats.rows_exported.get());
-    page.counter("samples_exported", "Samples that receivers accepted.", stats.samples_exported.get());
+    page.counter("samples_exported", "Samples that receivers accepted.", stats.exported.get().samples);
     page.counter("export_retries", "Export requests sent again.", stats.export_retries.get());
     page.counter(
         "profiles_rejected",
@@ -34,13 +34,40 @@ pub(super) fn render(stats: &Stats) -> String {
     page.labelled(
         "samples_dropped",
         "Samples lost in the agent, by stage and reason.",
-        stats.dropped().map(|(stage, reason, value)| (format!("stage=\"{stage}\",reason=\"{reason}\""), value)),
+        stats.dropped().map(|(stage, reason, tally)| (dropped_labels(stage, reason), tally.samples.to_string())),
+    );
+    page.labelled(
+        "off_cpu_dropped_seconds",
+        "Time off the CPU that was lost in the agent, by stage and reason.",
+        stats.dropped().map(|(stage, reason, tally)| (dropped_labels(stage, reason), seconds(tally.off_cpu_ns))),
+    );
+    page.sample(
+        "off_cpu_exported_seconds_total",
+        "Time off the CPU that receivers accepted.",
+        "counter",
+        seconds(stats.exported.get().off_cpu_ns),
     );
     page.labelled(
         "stack_ends",
         "Samples by why their user stack ends.",
-        stats.ends().map(|(end, value)| (format!("reason=\"{}\"", end.label()), value)),
+        stats.ends().map(|(end, value)| (format!("reason=\"{}\"", end.label()), value.to_string())),
     );
+    page.labelled(
+        "off_cpu_stack_ends_seconds",
+        "Time off the CPU by why the stack of the wait ends, estimated where waits are rationed.",
+        stats.wait_ends().map(|(end, value)| (format!("reason=\"{}\"", end.label()), seconds(value))),
+    );
+    let (waits, waited_ns) = stats.waits();
+    page.labelled(
+        "off_cpu_seconds",
+        "Time that threads were off the CPU, whether their stacks were sampled or not.",
+        [EventKind::Blocked, EventKind::Uninterruptible, EventKind::RunQueue]
+            .map(|kind| (format!("state=\"{}\"", kind.label()), seconds(waited_ns[kind as usize]))),
+    );
+    page.gauge("wait_stacks", "Stacks kept for waits that are under way.", waits.stacks);
+    page.gauge("wait_stack_bytes", "Estimated bytes of stacks kept for waits.", waits.bytes);
+    page.counter("wait_stacks_evicted", "Stacks of waits that were dropped for their budget.", waits.evicted);
+    page.counter("waits_forgotten", "Waits whose stack was dropped or lost before they ended.", waits.forgotten);
 
     let symbolize = stats.symbolize();
     page.counter("frames_named", "Distinct frames named.", symbolize.frames_named);
@@ -92,6 +119,14 @@ pub(super) fn render(stats: &Stats) -> String {
     page.0
 }
 
+fn dropped_labels(stage: &str, reason: &str) -> String {
+    format!("stage=\"{stage}\",reason=\"{reason}\"")
+}
+
+fn seconds(nanoseconds: u64) -> String {
+    (nanoseconds as f64 / 1e9).to_string()
+}
+
 struct Page(String);
 
 impl Page {
@@ -109,7 +144,7 @@ impl Page {
         let _ = writeln!(self.0, "{PREFIX}{name} {value}");
     }
 
-    fn labelled(&mut self, name: &str, help: &str, values: impl IntoIterator<Item = (String, u64)>) {
+    fn labelled(&mut self, name: &str, help: &str, values: impl IntoIterator<Item = (String, String)>) {
         let name = format!("{name}_total");
         self.head(&name, help, "counter");
         for (labels, value) in values {

@@ -10,7 +10,9 @@ use profiler_common::abi::{
     sample::StackEnd,
 };
 
-use crate::{process::TableStats, symbolize::SymbolizeStats, unwind_info::TableBuilderStats};
+use crate::{
+    process::TableStats, profile::Tally, symbolize::SymbolizeStats, unwind_info::TableBuilderStats, waits::WaitStats,
+};
 
 /// A number that only grows.
 #[derive(Debug, Default)]
@@ -28,6 +30,26 @@ impl Count {
     }
 }
 
+/// A tally that only grows.
+#[derive(Debug, Default)]
+pub struct Amount {
+    samples: Count,
+    off_cpu_ns: Count,
+}
+
+impl Amount {
+    /// Adds to it.
+    pub fn add(&self, tally: Tally) {
+        self.samples.add(tally.samples);
+        self.off_cpu_ns.add(tally.off_cpu_ns);
+    }
+
+    /// Its value now.
+    pub fn get(&self) -> Tally {
+        Tally { samples: self.samples.get(), off_cpu_ns: self.off_cpu_ns.get() }
+    }
+}
+
 /// Everything that is counted. Written by the stages, read by `/metrics` and reports.
 #[derive(Debug, Default)]
 pub struct Stats {
@@ -36,28 +58,30 @@ pub struct Stats {
     /// Rows read from the kernel: distinct stacks per drain.
     pub rows_drained: Count,
     /// Samples whose rows did not decode.
-    pub dropped_malformed: Count,
+    pub dropped_malformed: Amount,
     /// Drains put off because the namer was behind.
     pub drains_postponed: Count,
     /// Windows closed.
     pub windows_closed: Count,
     /// Rows handed to exporters: distinct stacks per window.
     pub rows_exported: Count,
-    /// Samples written or accepted by a receiver.
-    pub samples_exported: Count,
+    /// What was written or accepted by a receiver.
+    pub exported: Amount,
     /// Export requests sent again.
     pub export_retries: Count,
     /// Samples dropped because the namer had ended.
-    pub dropped_namer_gone: Count,
+    pub dropped_namer_gone: Amount,
     /// Samples dropped because exporters were behind.
-    pub dropped_queue_full: Count,
+    pub dropped_queue_full: Amount,
     /// Samples dropped because shutdown could not wait for their receiver any longer.
-    pub dropped_at_shutdown: Count,
+    pub dropped_at_shutdown: Amount,
     /// Samples dropped because the receiver refused them or stayed away.
-    pub dropped_refused: Count,
+    pub dropped_refused: Amount,
     /// Profiles a receiver rejected while accepting the rest of their request.
     pub profiles_rejected: Count,
     ends: [Count; StackEnd::ALL.len()],
+    wait_ends: [Count; StackEnd::ALL.len()],
+    waits: Mutex<(WaitStats, [u64; 8])>,
     kernel: Mutex<Vec<u64>>,
     table: Mutex<TableStats>,
     symbolize: Mutex<SymbolizeStats>,
@@ -80,6 +104,28 @@ impl Stats {
         StackEnd::ALL.iter().copied().zip(self.ends.iter().map(Count::get))
     }
 
+    /// Counts time off the CPU by why the stack of the wait ends.
+    pub fn count_wait_end(&self, end: StackEnd, time_ns: u64) {
+        if let Some(index) = StackEnd::ALL.iter().position(|&candidate| candidate == end) {
+            self.wait_ends[index].add(time_ns);
+        }
+    }
+
+    /// Nanoseconds off the CPU by why the stack of the wait ends.
+    pub fn wait_ends(&self) -> impl Iterator<Item = (StackEnd, u64)> {
+        StackEnd::ALL.iter().copied().zip(self.wait_ends.iter().map(Count::get))
+    }
+
+    pub(crate) fn set_waits(&self, stats: WaitStats, waited_ns: [u64; 8]) {
+        *self.waits.lock().unwrap_or_else(PoisonError::into_inner) = (stats, waited_ns);
+    }
+
+    /// The stacks of waits that are kept, and the time that all threads in scope waited, sampled or not:
+    /// nanoseconds by `EventKind`.
+    pub fn waits(&self) -> (WaitStats, [u64; 8]) {
+        *self.waits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Takes over the kernel's counters, in the order of [`Counter::ALL`].
     pub fn set_kernel_counters(&self, counters: &[u64]) {
         counters.clone_into(&mut self.kernel.lock().unwrap_or_else(PoisonError::into_inner));
@@ -96,8 +142,8 @@ impl Stats {
         Counter::ALL.iter().filter(|counter| counter.role() == Role::Lost).map(|&counter| self.kernel(counter)).sum()
     }
 
-    /// Samples dropped on the way from the kernel to an exporter's destination.
-    pub fn dropped(&self) -> [(&'static str, &'static str, u64); 5] {
+    /// What was dropped on the way from the kernel to an exporter's destination, by stage and reason.
+    pub fn dropped(&self) -> [(&'static str, &'static str, Tally); 5] {
         [
             ("drain", "malformed", self.dropped_malformed.get()),
             ("name", "namer_gone", self.dropped_namer_gone.get()),
@@ -105,6 +151,11 @@ impl Stats {
             ("export", "refused", self.dropped_refused.get()),
             ("export", "shutdown", self.dropped_at_shutdown.get()),
         ]
+    }
+
+    /// Everything that was dropped.
+    pub fn dropped_in_all(&self) -> Tally {
+        self.dropped().into_iter().map(|(_, _, tally)| tally).sum()
     }
 
     pub(crate) fn set_table(&self, stats: TableStats) {

@@ -59,6 +59,13 @@ counters! {
     LostBuffer, "samples_lost_buffer", Lost, "Samples lost because no buffer was installed.";
     LostOverflow, "samples_lost_overflow", Lost, "Samples lost because the buffer and the overflow ring were both full or busy.";
     Overflowed, "samples_overflowed", Info, "Samples that took the overflow ring because the buffer was full or busy.";
+    WaitsEnded, "waits_ended", Info, "Waits (times a thread was off the CPU) that ended, in the recording's scope.";
+    WaitsSampled, "waits_sampled", Info, "Waits whose stack was taken.";
+    WaitsRationed, "waits_rationed", Info, "Waits that found the ration of stacks used up; their time is exported without a stack.";
+    WaitsShort, "waits_short", Info, "Sampled waits that were shorter than the minimum duration; their time is not exported.";
+    WaitsLost, "waits_lost", Info, "Waits whose time was lost because the buffer and the overflow ring were both full or busy.";
+    WaitsLostNs, "waits_lost_nanoseconds", Info, "Time of lost waits.";
+    ThreadsFull, "threads_full", Info, "Times a thread that left its CPU could not be remembered.";
     NoticesLost, "notices_lost", Info, "Process notices (fork, exec, exit, new place, table wanted) that found their ring full.";
     TargetsFull, "targets_full", Info, "Children of a recorded process that could not be followed because the target map was full.";
 }

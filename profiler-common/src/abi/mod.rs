@@ -9,3 +9,4 @@ pub mod process;
 pub mod sample;
 pub mod settings;
 pub mod tables;
+pub mod waits;

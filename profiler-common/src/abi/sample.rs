@@ -32,8 +32,16 @@ pub struct SampleKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct SampleHeader {
-    /// How many samples this row stands for. Raised atomically in the map.
+    /// How many samples this row stands for; of waits, how many that ended. Raised atomically in the map.
     pub count: u64,
+    /// Nanoseconds that threads were blocked here. Raised atomically.
+    pub blocked_ns: u64,
+    /// Nanoseconds that threads waited for a CPU here. Raised atomically.
+    pub queued_ns: u64,
+    /// Sampled waits: how many began (low half) and how many ended (high half) in this row. Raised atomically.
+    pub waits: u64,
+    /// The hash of the row's key.
+    pub hash: u64,
     /// The process the sample was taken in.
     pub process: ProcessKey,
     /// Command name of the thread group's leader when the row was made.
@@ -48,8 +56,21 @@ pub struct SampleHeader {
     pub kind: u8,
     /// A [`StackEnd`]: why the user stack ends where it does.
     pub user_end: u8,
+    /// 1: the row has no frames, although it counts them; they were in an earlier row of the same key.
+    pub is_reference: u8,
     /// Zero.
-    pub reserved: [u8; 2],
+    pub reserved: u8,
+}
+
+impl SampleHeader {
+    /// The key of the row that the header is part of.
+    pub const fn key(&self) -> SampleKey {
+        SampleKey {
+            hash: self.hash,
+            tgid: self.process.tgid,
+            shape: self.kernel_frames as u32 | (self.user_frames as u32) << 16,
+        }
+    }
 }
 
 /// One row: a header and room for `FRAMES` instruction or return addresses.
@@ -64,15 +85,18 @@ pub struct Sample<const FRAMES: usize> {
 
 const _: () = {
     assert!(size_of::<SampleKey>() == 16);
-    assert!(size_of::<SampleHeader>() == 64);
+    assert!(size_of::<SampleHeader>() == 96);
     assert!(offset_of!(SampleHeader, count) == 0);
-    assert!(offset_of!(SampleHeader, process) == 8);
-    assert!(offset_of!(SampleHeader, process_comm) == 24);
-    assert!(offset_of!(SampleHeader, thread_comm) == 40);
-    assert!(offset_of!(SampleHeader, kernel_frames) == 56);
-    assert!(offset_of!(SampleHeader, user_end) == 61);
-    assert!(size_of::<Sample<SMALL_FRAMES>>() == 64 + 8 * SMALL_FRAMES);
-    assert!(size_of::<Sample<LARGE_FRAMES>>() == 64 + 8 * LARGE_FRAMES);
+    assert!(offset_of!(SampleHeader, blocked_ns) == 8);
+    assert!(offset_of!(SampleHeader, queued_ns) == 16);
+    assert!(offset_of!(SampleHeader, waits) == 24);
+    assert!(offset_of!(SampleHeader, process) == 40);
+    assert!(offset_of!(SampleHeader, process_comm) == 56);
+    assert!(offset_of!(SampleHeader, thread_comm) == 72);
+    assert!(offset_of!(SampleHeader, kernel_frames) == 88);
+    assert!(offset_of!(SampleHeader, user_end) == 93);
+    assert!(size_of::<Sample<SMALL_FRAMES>>() == 96 + 8 * SMALL_FRAMES);
+    assert!(size_of::<Sample<LARGE_FRAMES>>() == 96 + 8 * LARGE_FRAMES);
     assert!(LARGE_FRAMES.is_power_of_two());
 };
 
@@ -82,6 +106,29 @@ const _: () = {
 pub enum EventKind {
     /// The thread was running on a CPU when the sampling clock fired.
     OnCpu = 1,
+    /// The thread waited for something that a signal could have interrupted, or was stopped.
+    Blocked = 2,
+    /// The thread waited for something that nothing interrupts, usually a disk.
+    Uninterruptible = 3,
+    /// The thread could have run, but its CPU was given to another.
+    RunQueue = 4,
+}
+
+impl EventKind {
+    /// Whether it is measured in time off the CPU.
+    pub const fn is_off_cpu(self) -> bool {
+        !matches!(self, Self::OnCpu)
+    }
+
+    /// Short lower-case words for labels and the marker frame.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::OnCpu => "on-cpu",
+            Self::Blocked => "blocked",
+            Self::Uninterruptible => "uninterruptible",
+            Self::RunQueue => "run queue",
+        }
+    }
 }
 
 impl TryFrom<u8> for EventKind {
@@ -90,6 +137,9 @@ impl TryFrom<u8> for EventKind {
     fn try_from(value: u8) -> Result<Self, u8> {
         match value {
             1 => Ok(Self::OnCpu),
+            2 => Ok(Self::Blocked),
+            3 => Ok(Self::Uninterruptible),
+            4 => Ok(Self::RunQueue),
             other => Err(other),
         }
     }
@@ -141,11 +191,16 @@ stack_ends! {
     UnsupportedRule = 12, "unsupported rule", "The unwind table says something that cannot be followed.";
     FrameCorrupt = 13, "frame corrupt", "The frame's contents contradict its unwind table.";
     StackSwitch = 14, "stack switch", "The code continues another stack in a way that cannot be followed.";
+    Rationed = 15, "rationed", "The CPU's ration of stacks for waits was used up: the time is known, the stack is not.";
+    BeganEarlier = 16, "began earlier", "The wait began before the recording, or found no room: only its end was seen.";
+    NotStarted = 17, "not started", "A new thread that waited for its first turn on a CPU.";
+    Forgotten = 18, "stack forgotten", "The stack was taken when the wait began, and dropped before it ended.";
+    BufferFull = 19, "buffer full", "There was no room for the stack when the wait began.";
 }
 
 impl StackEnd {
     /// Whether nothing is missing at the root of the stack.
     pub const fn is_whole(self) -> bool {
-        matches!(self, Self::Root | Self::KernelThread)
+        matches!(self, Self::Root | Self::KernelThread | Self::NotStarted)
     }
 }

@@ -16,6 +16,17 @@ pub struct Settings {
     pub no_user_mode_flags: u32,
     /// Never zero, so that no other read-only global can be merged with this one.
     pub magic: u32,
+    /// Stacks of waits that each CPU may take per second; zero: as many as there are.
+    pub wait_stacks_per_second: u32,
+    /// 1: `sched_switch` says in its fourth argument in what state the thread leaves (Linux 5.18 and later).
+    pub has_state_argument: u32,
+    /// Sampled waits that are shorter are not exported, nanoseconds.
+    pub min_wait_ns: u64,
+    /// Where the kernel keeps the code of its scheduler (`__sched_text_start`): stacks of waits begin there. Zero:
+    /// not known.
+    pub sched_text_start: u64,
+    /// The end of that code.
+    pub sched_text_end: u64,
 }
 
 /// Value of [`Settings::magic`].
@@ -41,6 +52,12 @@ pub struct KernelLayout {
     pub task_comm: u32,
     /// `task_struct::signal`.
     pub task_signal: u32,
+    /// `task_struct::pid`.
+    pub task_pid: u32,
+    /// `task_struct::__state`, or `state` before 5.14.
+    pub task_state: u32,
+    /// `task_struct::start_time`.
+    pub task_start_time: u32,
     /// `signal_struct::live`.
     pub signal_live: u32,
     /// Size of a kernel stack, bytes.

@@ -8,7 +8,7 @@ mod native;
 
 use core::{ffi::c_void, ptr::null_mut};
 
-use aya_ebpf::{helpers::generated::bpf_loop, programs::PerfEventContext};
+use aya_ebpf::{EbpfContext, btf_maps::ProgramArray, helpers::generated::bpf_loop};
 use profiler_common::{
     abi::{
         sample::{LARGE_FRAMES, Sample, StackEnd},
@@ -19,7 +19,7 @@ use profiler_common::{
 
 use crate::{
     aggregate::mix,
-    maps::{self, PROCESSES, WALK_ON},
+    maps::{self, PROCESSES},
     memory::{StackWindow, opaque},
 };
 
@@ -53,6 +53,8 @@ pub struct Scratch {
     pub is_exiting: u8,
     /// 1: `registers.pc` is a return address.
     is_return: u8,
+    /// Frames of tracing that lie above the scheduler's.
+    pub tracing_frames: u8,
 }
 
 /// Prepares the walk from `user_registers`.
@@ -98,26 +100,26 @@ fn advance(scratch: &mut Scratch) -> bool {
     }
 }
 
-/// Driver for kernels with `bpf_loop`.
+/// Driver for kernels with `bpf_loop`, over the scratch of index `SCRATCH`.
 #[inline(always)]
-pub fn walk_with_helper(_ctx: &PerfEventContext, _scratch: &mut Scratch) {
+pub fn walk_with_helper<const SCRATCH: u32>() {
     // SAFETY: the callback has the signature the helper asks for and finds its state by itself.
-    unsafe { bpf_loop(LARGE_FRAMES as u32 + 1, advance_once as *mut c_void, null_mut(), 0) };
+    unsafe { bpf_loop(LARGE_FRAMES as u32 + 1, advance_once::<SCRATCH> as *mut c_void, null_mut(), 0) };
 }
 
 /// One turn of [`walk_with_helper`]; returns 1 to stop.
-unsafe extern "C" fn advance_once(_turn: u32, _context: *mut c_void) -> i64 {
-    let Some(scratch) = maps::SCRATCH.get_ptr_mut(0) else {
+unsafe extern "C" fn advance_once<const SCRATCH: u32>(_turn: u32, _context: *mut c_void) -> i64 {
+    let Some(scratch) = maps::scratch(SCRATCH) else {
         return 1;
     };
-    // SAFETY: this CPU's scratch is used by one sampling program at a time; the map value is initialized.
+    // SAFETY: this CPU's scratch is used by one program at a time; the map value is initialized.
     i64::from(!advance(unsafe { &mut *scratch }))
 }
 
 /// Driver for older kernels: the verifier follows every turn, and programs follow each other. Where the stack
-/// goes on after this part of it, this does not return: the next program finishes the sample.
+/// goes on after this part of it, this does not return: the program in `next` finishes the sample.
 #[inline(always)]
-pub fn walk_in_parts(ctx: &PerfEventContext, scratch: &mut Scratch) {
+pub fn walk_in_parts(ctx: &impl EbpfContext, scratch: &mut Scratch, next: &ProgramArray<1>) {
     for _ in 0..FRAMES_PER_PROGRAM {
         if !advance(scratch) {
             return;
@@ -125,5 +127,5 @@ pub fn walk_in_parts(ctx: &PerfEventContext, scratch: &mut Scratch) {
     }
     // SAFETY: nothing here needs to be dropped. Where the call fails, because too many programs have followed
     // each other, the stack ends with the reason it was given at first: the depth limit.
-    unsafe { WALK_ON.tail_call(ctx, 0) };
+    unsafe { next.tail_call(ctx, 0) };
 }

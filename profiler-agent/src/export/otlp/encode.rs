@@ -10,13 +10,12 @@ use opentelemetry_proto::tonic::{
     },
     resource::v1::Resource,
 };
-use profiler_common::abi::sample::EventKind;
 use prost::Message as _;
 
 use super::dictionary::{AttributeValue, Dictionary};
 use crate::{
     label,
-    profile::{Profile, Sample},
+    profile::{Profile, Sample, Tally},
 };
 
 /// Samples per request at most.
@@ -24,8 +23,8 @@ const MAX_SAMPLES: usize = 4096;
 /// Bytes per request at most: gRPC receivers accept 4 MiB by default.
 const MAX_REQUEST_BYTES: usize = 7 << 19;
 
-/// Encodes a profile, split into requests that receivers accept; each with the number of samples it stands for.
-pub fn requests(profile: &Profile) -> impl Iterator<Item = (u64, ExportProfilesServiceRequest)> {
+/// Encodes a profile, split into requests that receivers accept; each with how much it stands for.
+pub fn requests(profile: &Profile) -> impl Iterator<Item = (Tally, ExportProfilesServiceRequest)> {
     profile.samples.chunks(MAX_SAMPLES).flat_map(|samples| {
         let mut requests = Vec::new();
         encode_within_limit(profile, samples, &mut requests);
@@ -34,14 +33,14 @@ pub fn requests(profile: &Profile) -> impl Iterator<Item = (u64, ExportProfilesS
 }
 
 /// Halves what is too large; one sample alone is sent whatever its size.
-fn encode_within_limit(profile: &Profile, samples: &[Sample], requests: &mut Vec<(u64, ExportProfilesServiceRequest)>) {
+fn encode_within_limit(profile: &Profile, samples: &[Sample], requests: &mut Vec<(Tally, ExportProfilesServiceRequest)>) {
     let request = request(profile, samples);
     if samples.len() > 1 && request.encoded_len() > MAX_REQUEST_BYTES {
         let (first, second) = samples.split_at(samples.len() / 2);
         encode_within_limit(profile, first, requests);
         encode_within_limit(profile, second, requests);
     } else {
-        requests.push((samples.iter().map(|sample| sample.count).sum(), request));
+        requests.push((samples.iter().map(Sample::tally).sum(), request));
     }
 }
 
@@ -62,7 +61,7 @@ pub(super) fn request(profile: &Profile, samples: &[Sample]) -> ExportProfilesSe
                     version: env!("CARGO_PKG_VERSION").to_owned(),
                     ..InstrumentationScope::default()
                 }),
-                profiles: vec![wire_profile(profile, &samples, &mut dictionary)],
+                profiles: wire_profiles(profile, &samples, &mut dictionary),
                 schema_url: String::new(),
             }],
             schema_url: String::new(),
@@ -81,18 +80,41 @@ fn resource(service: &str) -> Resource {
     Resource { attributes: label::attributes(service).map(attribute).into(), ..Resource::default() }
 }
 
-fn wire_profile(profile: &Profile, samples: &[&Sample], dictionary: &mut Dictionary) -> WireProfile {
-    let (sample_type, period_type) = match profile.kind {
-        EventKind::OnCpu => (value_type(dictionary, "samples", "count"), value_type(dictionary, "cpu", "nanoseconds")),
-    };
+/// A profile of CPU time and one of waits, where there are samples of either.
+fn wire_profiles(profile: &Profile, samples: &[&Sample], dictionary: &mut Dictionary) -> Vec<WireProfile> {
+    let (off_cpu, on_cpu): (Vec<&Sample>, Vec<&Sample>) = samples.iter().partition(|sample| sample.kind.is_off_cpu());
+    let mut profiles = Vec::new();
+    if !on_cpu.is_empty() {
+        let sample_type = value_type(dictionary, "samples", "count");
+        let period_type = value_type(dictionary, "cpu", "nanoseconds");
+        let period = i64::try_from(profile.period.as_nanos()).unwrap_or(i64::MAX);
+        profiles.push(wire_profile(profile, &on_cpu, sample_type, (period_type, period), dictionary));
+    }
+    if !off_cpu.is_empty() {
+        let sample_type = value_type(dictionary, "off_cpu", "nanoseconds");
+        profiles.push(wire_profile(profile, &off_cpu, sample_type, (ValueType::default(), 0), dictionary));
+    }
+    profiles
+}
+
+fn wire_profile(
+    profile: &Profile,
+    samples: &[&Sample],
+    sample_type: ValueType,
+    (period_type, period): (ValueType, i64),
+    dictionary: &mut Dictionary,
+) -> WireProfile {
     let samples = samples
         .iter()
-        .map(|sample| WireSample {
-            stack_index: dictionary.stack(&sample.frames),
-            attribute_indices: attributes(sample, dictionary),
-            link_index: 0,
-            values: vec![i64::try_from(sample.count).unwrap_or(i64::MAX)],
-            timestamps_unix_nano: Vec::new(),
+        .map(|sample| {
+            let value = if sample.kind.is_off_cpu() { sample.time_ns } else { sample.count };
+            WireSample {
+                stack_index: dictionary.stack(&sample.frames),
+                attribute_indices: attributes(sample, dictionary),
+                link_index: 0,
+                values: vec![i64::try_from(value).unwrap_or(i64::MAX)],
+                timestamps_unix_nano: Vec::new(),
+            }
         })
         .collect();
     let nanos = |duration: std::time::Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
@@ -102,7 +124,7 @@ fn wire_profile(profile: &Profile, samples: &[&Sample], dictionary: &mut Diction
         time_unix_nano: profile.start.duration_since(UNIX_EPOCH).map(nanos).unwrap_or_default(),
         duration_nano: nanos(profile.duration),
         period_type: Some(period_type),
-        period: i64::try_from(profile.period.as_nanos()).unwrap_or(i64::MAX),
+        period,
         ..WireProfile::default()
     }
 }
@@ -118,6 +140,9 @@ fn attributes(sample: &Sample, dictionary: &mut Dictionary) -> Vec<i32> {
         dictionary.attribute("process.executable.name", text(&sample.process.name)),
         dictionary.attribute("thread.name", text(&sample.thread_name)),
     ];
+    if sample.kind.is_off_cpu() {
+        attributes.push(dictionary.attribute("profiler.off_cpu.state", text(sample.kind.label())));
+    }
     if !sample.end.is_whole() {
         attributes.push(dictionary.attribute("profiler.stack.end", text(sample.end.label())));
     }
@@ -153,5 +178,20 @@ mod tests {
         }
         // Threads that share a stack share its entry: the empty one and two more.
         assert_eq!(dictionary.stack_table.len(), 3);
+    }
+
+    /// Waits are a profile of their own, in nanoseconds and without a period.
+    #[test]
+    fn keeps_waits_apart() {
+        let request = request(&testing::both(), &testing::both().samples);
+        let strings = request.dictionary.expect("a dictionary").string_table;
+        let profiles = &request.resource_profiles[0].scope_profiles[0].profiles;
+        assert_eq!(profiles.len(), 2);
+        let waits = &profiles[1];
+        let sample_type = waits.sample_type.expect("a type");
+        assert_eq!(strings[sample_type.type_strindex as usize], "off_cpu");
+        assert_eq!(strings[sample_type.unit_strindex as usize], "nanoseconds");
+        assert_eq!((waits.period, waits.period_type), (0, Some(ValueType::default())));
+        assert_eq!(waits.samples.iter().map(|sample| sample.values[0]).sum::<i64>(), 5_000_000);
     }
 }

@@ -1,0 +1,69 @@
+//! Waits: what the scheduler's programs remember of every thread that is off the CPU.
+
+use core::mem::size_of;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::sample::SampleKey;
+
+/// Threads that can be remembered.
+pub const MAX_THREADS: usize = 65_536;
+/// Slots of the table of expected durations. A power of two, so that indexes can be masked.
+pub const SITES: usize = 8192;
+
+/// A thread's last wait, keyed by thread ID.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct ThreadWait {
+    /// When the thread left the CPU (`CLOCK_MONOTONIC`, nanoseconds); zero while it runs.
+    pub began_ns: u64,
+    /// When it became runnable again; zero: it has not, or it was all the time.
+    pub woken_ns: u64,
+    /// The row that has its stack, where one was taken.
+    pub key: SampleKey,
+    /// How many waits this one stands for; zero: no stack was taken.
+    pub weight: u32,
+    /// Slot of the table of expected durations.
+    pub site: u16,
+    /// An `EventKind`: why the thread left the CPU.
+    pub kind: u8,
+    /// A `StackEnd`: without a stack, the reason to charge its time to; zero: others stand for it.
+    pub unsampled: u8,
+}
+
+/// One CPU's ration of stacks.
+///
+/// A wait is chosen with a probability of 1 in `expected / threshold_ns` (where that is below one), decided before
+/// its duration is known, and then stands for as many waits as the inverse: the estimate is unbiased whatever the
+/// expectation was, and the better it was the smaller is the error.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct Ration {
+    /// Start of the current period.
+    pub period_ns: u64,
+    /// Stacks that may still be taken, in billionths.
+    pub tokens: u64,
+    /// Stacks taken in the current period.
+    pub taken: u64,
+    /// Waits that are expected to last this long are chosen always, shorter ones in proportion. Zero: all are.
+    pub threshold_ns: u64,
+    /// What waits on this CPU lasted lately: the expectation for places that are new.
+    pub typical_ns: u64,
+    /// Time that threads waited, by kind: index is the `EventKind`.
+    pub waited_ns: [u64; 8],
+}
+
+/// What the agent tells the scheduler's programs while they run.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct WaitControl {
+    /// When they were attached (`CLOCK_MONOTONIC`, nanoseconds); zero: they do nothing yet.
+    pub since_ns: u64,
+    /// 1: a thread found no room once, so that one that is not known may have been waiting since any time.
+    pub is_incomplete: u64,
+}
+
+const _: () = {
+    assert!(size_of::<ThreadWait>() == 40);
+    assert!(SITES.is_power_of_two() && SITES <= 1 << 16);
+};

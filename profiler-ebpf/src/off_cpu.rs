@@ -1,0 +1,477 @@
+//! The scheduler's events: which threads wait, where, and for how long.
+//!
+//! A thread that leaves its CPU is remembered with the time and, if its wait was chosen, with the row that has its
+//! stack: only now can its memory be read. When it runs again, on whichever CPU, the row is raised by what it
+//! waited, split at the moment it was woken.
+
+use core::ptr::read_volatile;
+
+use aya_ebpf::{
+    helpers::{
+        bpf_get_current_pid_tgid, bpf_get_prandom_u32,
+        generated::{bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_task_pt_regs},
+    },
+    programs::BtfTracePointContext,
+};
+use profiler_common::{
+    abi::{
+        counter::Counter,
+        sample::{EventKind, SampleKey, StackEnd},
+        waits::{Ration, SITES, ThreadWait},
+    },
+    unwind::pt_regs,
+};
+
+use crate::{
+    aggregate::{self, mix},
+    capture,
+    layout::loaded,
+    lifecycle,
+    maps::{self, RATIONS, SITE_DURATIONS, THREADS, WAIT_CONTROL, WAIT_WALK_ON, count},
+    scope,
+    unwind::{self, Scratch},
+};
+
+/// Thread states (`include/linux/sched.h`, unchanged since 4.14).
+const TASK_UNINTERRUPTIBLE: u64 = 0x2;
+const TASK_DEAD: u64 = 0x80;
+/// With [`TASK_UNINTERRUPTIBLE`]: a kernel thread without work.
+const TASK_NOLOAD: u64 = 0x400;
+
+/// Time between two looks at the ration: about 16 ms, in nanoseconds.
+const PERIOD: u64 = 1 << 24;
+/// A stack, in the units of [`Ration::tokens`]: so that a ration of one per second earns one unit per nanosecond.
+const STACK: u64 = 1_000_000_000;
+/// The ration that can be saved: this part of a second.
+const BURST_DIVISOR: u64 = 4;
+/// Most waits that one may stand for.
+const MAX_WEIGHT: u64 = 1 << 16;
+/// Expectations are at least this, nanoseconds: nothing is shorter.
+const SHORTEST: u64 = 256;
+/// Frames of tracing that may lie above the scheduler's.
+const MAX_TRACING_FRAMES: usize = 12;
+
+/// `sched_switch(preempt, prev, next[, prev_state])`; `walk` drives the user stack walk.
+#[inline(always)]
+pub fn switch(ctx: &BtfTracePointContext, walk: impl Fn(&BtfTracePointContext, &mut Scratch)) {
+    let Some(control) = WAIT_CONTROL.get_ptr(0) else { return };
+    // SAFETY: an array's slots are always there.
+    let since = unsafe { (*control).since_ns };
+    if since == 0 {
+        return;
+    }
+    // SAFETY: the helper has no arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    arrive(ctx.arg(2), now, since);
+    leave(ctx, now, walk);
+}
+
+/// `sched_wakeup(task)`: from here on the thread only waits for a CPU.
+#[inline(always)]
+pub fn wake(ctx: &BtfTracePointContext) {
+    let task: u64 = ctx.arg(0);
+    let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
+    let Some(wait) = THREADS.get_ptr_mut(thread) else { return };
+    // SAFETY: a value of this preallocated map stays readable while the program runs; the scheduler's locks order
+    // what happens to one thread.
+    let wait = unsafe { &mut *wait };
+    if wait.began_ns != 0 && wait.woken_ns == 0 && wait.kind != EventKind::RunQueue as u8 {
+        // SAFETY: the helper has no arguments.
+        wait.woken_ns = unsafe { bpf_ktime_get_ns() };
+    }
+}
+
+/// Goes on with the walk that another program could not finish.
+#[inline(always)]
+pub fn walk_on(ctx: &BtfTracePointContext) {
+    let Some(scratch) = maps::scratch(maps::OFF_CPU) else { return };
+    // SAFETY: as in `take_stack`, whose run this goes on with.
+    let scratch = unsafe { &mut *scratch };
+    unwind::walk_in_parts(ctx, scratch, &WAIT_WALK_ON);
+    finish(scratch);
+}
+
+/// A thread gets the CPU: what it waited is charged.
+#[inline(always)]
+fn arrive(task: u64, now: u64, since: u64) {
+    let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
+    if thread == 0 {
+        return;
+    }
+    let tgid: u32 = member(task, loaded!(LAYOUT.task_tgid));
+    if !scope::includes(tgid) {
+        return;
+    }
+    let Some(wait) = THREADS.get_ptr_mut(thread) else {
+        return arrive_unknown(task, thread, tgid, now, since);
+    };
+    // SAFETY: as in `wake`.
+    let wait = unsafe { &mut *wait };
+    let began = wait.began_ns;
+    if began == 0 {
+        return;
+    }
+    wait.began_ns = 0;
+    let total = now.saturating_sub(began);
+    let queued = if wait.kind == EventKind::RunQueue as u8 {
+        total
+    } else if wait.woken_ns != 0 {
+        now.saturating_sub(wait.woken_ns)
+    } else {
+        0
+    };
+    let blocked = total.saturating_sub(queued);
+    count(Counter::WaitsEnded);
+    note_duration(wait, blocked, queued);
+    if wait.weight == 0 {
+        if wait.unsampled != 0 {
+            let (kind, end) = (wait.kind, wait.unsampled);
+            charge_without_stack(task, tgid, kind, end, blocked, queued);
+        }
+        return;
+    }
+    if total < loaded!(SETTINGS.min_wait_ns) {
+        count(Counter::WaitsShort);
+        charge(task, tgid, wait, 0, 0, 0);
+    } else {
+        let weight = u64::from(wait.weight);
+        charge(task, tgid, wait, weight, blocked * weight, queued * weight);
+    }
+}
+
+/// A thread gets the CPU that was never seen to leave one: it is new, or its wait began before the recording.
+#[inline(always)]
+fn arrive_unknown(task: u64, thread: u32, tgid: u32, now: u64, since: u64) {
+    if THREADS.insert(thread, ThreadWait::default(), 0).is_err() {
+        count(Counter::ThreadsFull);
+        // From now on, an unknown thread may also be one for which there was no room.
+        if let Some(control) = WAIT_CONTROL.get_ptr_mut(0) {
+            // SAFETY: an array's slots are always there.
+            unsafe { (*control).is_incomplete = 1 };
+        }
+        return;
+    }
+    let started: u64 = member(task, loaded!(LAYOUT.task_start_time));
+    count(Counter::WaitsEnded);
+    if started >= since {
+        let queued = now.saturating_sub(started);
+        charge_without_stack(task, tgid, EventKind::RunQueue as u8, StackEnd::NotStarted as u8, 0, queued);
+        return;
+    }
+    let is_incomplete = match WAIT_CONTROL.get_ptr(0) {
+        // SAFETY: an array's slots are always there.
+        Some(control) => (unsafe { (*control).is_incomplete }) == 1,
+        None => true,
+    };
+    if !is_incomplete {
+        let blocked = now.saturating_sub(since);
+        charge_without_stack(task, tgid, EventKind::Blocked as u8, StackEnd::BeganEarlier as u8, blocked, 0);
+    }
+}
+
+/// Lets the totals and the expectations learn from a wait that ended.
+#[inline(always)]
+fn note_duration(wait: &ThreadWait, blocked: u64, queued: u64) {
+    let Some(ration) = RATIONS.get_ptr_mut(0) else { return };
+    // SAFETY: this CPU's value is used by one program at a time: they run with interrupts off.
+    let ration = unsafe { &mut *ration };
+    ration.waited_ns[usize::from(wait.kind & 7)] += blocked;
+    ration.waited_ns[EventKind::RunQueue as usize] += queued;
+    let total = blocked + queued;
+    // A second is as good as forever.
+    let bounded = if total > STACK { STACK } else { total };
+    ration.typical_ns = ration.typical_ns - ration.typical_ns / 64 + bounded / 64;
+    if let Some(site) = SITE_DURATIONS.get_ptr_mut(u32::from(wait.site) & (SITES as u32 - 1)) {
+        // SAFETY: an array's slots are always there; what another CPU writes at the same time is as good.
+        let expected = unsafe { site.read_volatile() };
+        let faded = expected - expected / 8;
+        // SAFETY: as above.
+        unsafe { site.write_volatile(if total > faded { total } else { faded }) };
+    }
+}
+
+/// Raises the row of a sampled wait. Where it is gone already, because the agent has read it, another row refers
+/// to it.
+#[inline(always)]
+fn charge(task: u64, tgid: u32, wait: &ThreadWait, weight: u64, blocked: u64, queued: u64) {
+    const ENDED: u64 = 1 << 32;
+    let key = wait.key;
+    if aggregate::raise(&key, weight, blocked, queued, ENDED) {
+        return;
+    }
+    let Some(scratch) = maps::scratch(maps::OFF_CPU) else { return };
+    // SAFETY: as in `take_stack`.
+    let scratch = unsafe { &mut *scratch };
+    let header = &mut scratch.sample.header;
+    capture::identify(header, task, tgid, wait.kind);
+    header.user_end = StackEnd::Forgotten as u8;
+    header.count = weight;
+    header.blocked_ns = blocked;
+    header.queued_ns = queued;
+    header.waits = ENDED;
+    header.kernel_frames = key.shape as u16;
+    header.user_frames = (key.shape >> 16) as u16;
+    header.is_reference = 1;
+    header.hash = key.hash;
+    if !aggregate::add_reference(header, &key) {
+        count(Counter::WaitsLost);
+        maps::add(Counter::WaitsLostNs, blocked + queued);
+    }
+}
+
+/// Charges a wait of which there is no stack to its thread.
+#[inline(always)]
+fn charge_without_stack(task: u64, tgid: u32, kind: u8, end: u8, blocked: u64, queued: u64) {
+    let Some(scratch) = maps::scratch(maps::OFF_CPU) else { return };
+    // SAFETY: as in `take_stack`.
+    let scratch = unsafe { &mut *scratch };
+    let header = &mut scratch.sample.header;
+    capture::identify(header, task, tgid, kind);
+    header.user_end = end;
+    header.count = 1;
+    header.blocked_ns = blocked;
+    header.queued_ns = queued;
+    header.hash = mix(capture::hash_identity(header), u64::from(end));
+    let key = SampleKey { hash: header.hash, tgid, shape: 0 };
+    if aggregate::raise(&key, 1, blocked, queued, 0) {
+        return;
+    }
+    if !aggregate::add_reference(header, &key) {
+        count(Counter::WaitsLost);
+        maps::add(Counter::WaitsLostNs, blocked + queued);
+    }
+}
+
+/// The current thread leaves the CPU.
+#[inline(always)]
+fn leave(ctx: &BtfTracePointContext, now: u64, walk: impl Fn(&BtfTracePointContext, &mut Scratch)) {
+    let pid_tgid = bpf_get_current_pid_tgid();
+    let (tgid, thread) = ((pid_tgid >> 32) as u32, pid_tgid as u32);
+    if thread == 0 || !scope::includes(tgid) {
+        return;
+    }
+    let task: u64 = ctx.arg(1);
+    let is_preempted = ctx.arg::<u64>(0) & 1 == 1;
+    let state: u64 = if loaded!(SETTINGS.has_state_argument) == 1 {
+        ctx.arg::<u64>(3) & 0xffff_ffff
+    } else {
+        u64::from(member::<u32>(task, loaded!(LAYOUT.task_state)))
+    };
+    if !is_preempted && state & TASK_DEAD != 0 {
+        let _unknown_is_fine = THREADS.remove(thread);
+        return;
+    }
+    let kind = if is_preempted || state == 0 {
+        EventKind::RunQueue
+    } else if state & (TASK_UNINTERRUPTIBLE | TASK_NOLOAD) == TASK_UNINTERRUPTIBLE {
+        EventKind::Uninterruptible
+    } else {
+        EventKind::Blocked
+    };
+    let wait = match THREADS.get_ptr_mut(thread) {
+        Some(wait) => wait,
+        None => {
+            let _checked_below = THREADS.insert(thread, ThreadWait::default(), 0);
+            let Some(wait) = THREADS.get_ptr_mut(thread) else {
+                count(Counter::ThreadsFull);
+                if let Some(control) = WAIT_CONTROL.get_ptr_mut(0) {
+                    // SAFETY: an array's slots are always there.
+                    unsafe { (*control).is_incomplete = 1 };
+                }
+                return;
+            };
+            wait
+        }
+    };
+    // SAFETY: as in `wake`.
+    let wait = unsafe { &mut *wait };
+    wait.began_ns = now;
+    wait.woken_ns = 0;
+    wait.kind = kind as u8;
+    wait.weight = 0;
+    wait.unsampled = 0;
+    let site = site(task, tgid, kind);
+    wait.site = site as u16;
+    match choose(site, now) {
+        Choice::Stack(weight) => {
+            wait.weight = weight;
+            count(Counter::WaitsSampled);
+            take_stack(ctx, task, tgid, kind, walk);
+        }
+        Choice::Represented => {}
+        Choice::Rationed => {
+            wait.unsampled = StackEnd::Rationed as u8;
+            count(Counter::WaitsRationed);
+        }
+    }
+}
+
+/// What is to be done about a wait that begins.
+enum Choice {
+    /// Take its stack; it stands for so many waits.
+    Stack(u32),
+    /// Others stand for it.
+    Represented,
+    /// Its stack would be taken if the ration allowed it.
+    Rationed,
+}
+
+/// Decides about a wait that begins at `site`, before anybody knows how long it will last.
+#[inline(always)]
+fn choose(site: u32, now: u64) -> Choice {
+    let rate = u64::from(loaded!(SETTINGS.wait_stacks_per_second));
+    if rate == 0 {
+        return Choice::Stack(1);
+    }
+    let Some(ration) = RATIONS.get_ptr_mut(0) else { return Choice::Rationed };
+    // SAFETY: as in `note_duration`.
+    let ration = unsafe { &mut *ration };
+    let elapsed = now.saturating_sub(ration.period_ns);
+    if elapsed >= PERIOD {
+        next_period(ration, now, elapsed, rate);
+    }
+    let mut weight = 1;
+    if ration.threshold_ns != 0 {
+        let expected = match SITE_DURATIONS.get_ptr(site) {
+            // SAFETY: an array's slots are always there.
+            Some(slot) => unsafe { read_volatile(slot) },
+            None => 0,
+        };
+        let expected = if expected == 0 { ration.typical_ns } else { expected };
+        weight = ration.threshold_ns / if expected > SHORTEST { expected } else { SHORTEST };
+        if weight > MAX_WEIGHT {
+            weight = MAX_WEIGHT;
+        }
+        if weight <= 1 {
+            weight = 1;
+            // SAFETY: the helper has no arguments.
+        } else if u64::from(unsafe { bpf_get_prandom_u32() }) % weight != 0 {
+            return Choice::Represented;
+        }
+    }
+    if ration.tokens < STACK {
+        return Choice::Rationed;
+    }
+    ration.tokens -= STACK;
+    ration.taken += 1;
+    Choice::Stack(weight as u32)
+}
+
+/// Pays out the ration of the time since the last period, and moves the threshold so that it will last.
+#[inline(always)]
+fn next_period(ration: &mut Ration, now: u64, elapsed: u64, rate: u64) {
+    let capacity = (STACK / BURST_DIVISOR) * rate;
+    let elapsed = if elapsed > STACK { STACK } else { elapsed };
+    let earned = elapsed * rate;
+    let tokens = ration.tokens + earned;
+    ration.tokens = if tokens > capacity { capacity } else { tokens };
+    let allowed = earned / STACK + 1;
+    let taken = ration.taken;
+    if taken > allowed && ration.tokens < capacity / 2 {
+        let threshold =
+            if ration.threshold_ns > ration.typical_ns { ration.threshold_ns } else { ration.typical_ns + SHORTEST };
+        let threshold = threshold / 4 * (4 * taken / allowed);
+        ration.threshold_ns = if threshold > 64 * STACK { 64 * STACK } else { threshold };
+    } else if taken * 4 < allowed * 3 || ration.tokens > capacity / 4 * 3 {
+        ration.threshold_ns -= ration.threshold_ns / 4;
+        if ration.threshold_ns < SHORTEST {
+            ration.threshold_ns = 0;
+        }
+    }
+    ration.taken = 0;
+    ration.period_ns = now;
+}
+
+/// Where the thread waits, as far as its user registers tell: a slot of the table of expected durations.
+#[inline(always)]
+fn site(task: u64, tgid: u32, kind: EventKind) -> u32 {
+    let registers = if loaded!(SETTINGS.has_task_pt_regs) == 1 {
+        // SAFETY: the helper takes the current task, as the verifier checks.
+        unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) }.cast_unsigned()
+    } else {
+        0
+    };
+    let (pc, stack) = if loaded!(SETTINGS.has_task_pt_regs) == 1 {
+        (member::<u64>(registers, (pt_regs::RIP * 8) as u32), member::<u64>(registers, (pt_regs::RSP * 8) as u32))
+    } else {
+        (capture::saved_register(task, pt_regs::RIP), capture::saved_register(task, pt_regs::RSP))
+    };
+    let hash = mix(mix(u64::from(tgid) << 8 | kind as u64, pc), stack);
+    (hash >> 40) as u32 & (SITES as u32 - 1)
+}
+
+/// Records the stacks of the thread that leaves the CPU.
+#[inline(always)]
+fn take_stack(
+    ctx: &BtfTracePointContext,
+    task: u64,
+    tgid: u32,
+    kind: EventKind,
+    walk: impl Fn(&BtfTracePointContext, &mut Scratch),
+) {
+    let Some(scratch) = maps::scratch(maps::OFF_CPU) else { return };
+    // SAFETY: this CPU's scratch is used by one program at a time: they run with interrupts off; the map value is
+    // initialized.
+    let scratch = unsafe { &mut *scratch };
+    capture::identify(&mut scratch.sample.header, task, tgid, kind as u8);
+    scratch.sample.header.waits = 1;
+    kernel_stack(ctx, scratch);
+    if capture::has_user_stack(scratch, task, true) {
+        if scratch.is_exiting == 0 {
+            lifecycle::announce(&scratch.sample.header.process, scratch.user_registers[pt_regs::RIP]);
+        }
+        unwind::start(scratch);
+        walk(ctx, scratch);
+    }
+    finish(scratch);
+}
+
+/// Records the kernel stack from the scheduler on. How many frames of tracing lie above it is learned once.
+#[inline(always)]
+fn kernel_stack(ctx: &BtfTracePointContext, scratch: &mut Scratch) {
+    let identity = capture::hash_identity(&scratch.sample.header);
+    scratch.frames = 0;
+    scratch.hash = identity;
+    capture::kernel_stack(ctx, scratch, scratch.tracing_frames);
+    if is_scheduler(scratch.sample.frames[0]) {
+        return;
+    }
+    for index in 1..MAX_TRACING_FRAMES {
+        if is_scheduler(scratch.sample.frames[index]) {
+            scratch.tracing_frames = scratch.tracing_frames.wrapping_add(index as u8);
+            scratch.frames = 0;
+            scratch.hash = identity;
+            capture::kernel_stack(ctx, scratch, scratch.tracing_frames);
+            return;
+        }
+    }
+}
+
+/// Whether an address belongs to the scheduler.
+#[inline(always)]
+fn is_scheduler(address: u64) -> bool {
+    address >= loaded!(SETTINGS.sched_text_start) && address < loaded!(SETTINGS.sched_text_end)
+}
+
+/// Counts the begin of the wait whose stacks are complete, and lets the thread know its row.
+#[inline(always)]
+fn finish(scratch: &mut Scratch) {
+    capture::complete(scratch);
+    let is_counted = aggregate::add(scratch);
+    let Some(wait) = THREADS.get_ptr_mut(bpf_get_current_pid_tgid() as u32) else { return };
+    // SAFETY: as in `wake`.
+    let wait = unsafe { &mut *wait };
+    if is_counted {
+        wait.key = scratch.sample.header.key();
+    } else {
+        wait.weight = 0;
+        wait.unsampled = StackEnd::BufferFull as u8;
+    }
+}
+
+/// Reads a member of a kernel object whose type the verifier knows: a plain load.
+#[inline(always)]
+fn member<T: Copy>(object: u64, offset: u32) -> T {
+    // SAFETY: the verifier only accepts a load of an object it knows; one that turns out to be gone reads as zero.
+    unsafe { read_volatile((object + u64::from(offset)) as *const T) }
+}
