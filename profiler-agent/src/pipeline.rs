@@ -25,6 +25,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use profiler_common::abi::sample::{EventKind, StackEnd};
 use tokio::{
     io::unix::AsyncFd,
     sync::{mpsc, oneshot},
@@ -58,6 +59,9 @@ pub fn rows_per_second(events: Events, frequency: u64) -> u64 {
     let on_cpu = if events.includes_on_cpu() { frequency } else { 0 };
     on_cpu.saturating_add(if events.includes_off_cpu() { WAITS } else { 0 })
 }
+
+/// A place of waits that was not used for so long makes room for others.
+const SITE_IDLE: Duration = Duration::from_secs(10);
 
 /// What a pipeline is made of.
 #[derive(Clone, Debug)]
@@ -357,6 +361,10 @@ impl Collector {
     fn settle_waits(&mut self, is_last: bool, samples: &mut Vec<LocatedSample>) -> Result<(), KernelError> {
         let Some(waits) = &mut self.waits else { return Ok(()) };
         let mut threads = HashMap::new();
+        let idle = if is_last { Duration::ZERO } else { SITE_IDLE };
+        self.kernel.take_wait_dues(idle, |due| {
+            waits.add_due(&due, || self.table.without_stack(due.tgid, EventKind::Blocked, StackEnd::Rationed));
+        });
         let now = self.kernel.waiting_threads(|thread, wait| {
             threads.insert(thread, wait);
         });

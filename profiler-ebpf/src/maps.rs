@@ -21,7 +21,7 @@ use profiler_common::{
             CHUNK_ROWS, ExecutableTable, MAX_CHUNKS, MAX_EXECUTABLES, MAX_MAPPINGS, MAX_PAGES, MAX_PROCESSES,
             MAX_RULES, MappingRange, MappingRecord, Page, Row,
         },
-        waits::{MAX_THREADS, Ration, SITES, ThreadWait, WaitControl},
+        waits::{MAX_THREADS, Ration, SITES, ThreadWait, WaitControl, WaitSite},
     },
     unwind::rule::Rule,
 };
@@ -170,10 +170,10 @@ pub static THREADS: HashMap<u32, ThreadWait, MAX_THREADS> = HashMap::new();
 #[btf_map]
 pub static RATIONS: PerCpuArray<Ration, 1> = PerCpuArray::new();
 
-/// How long waits are expected to last, by where they begin: the longest lately, fading. Places may share a slot;
-/// that only makes an expectation worse.
+/// Places of waits, indexed by the low bits of their tag. The agent frees those that are not used any more; until
+/// then, others with the same index have none. Memory-mapped, so that the agent can take what is due.
 #[btf_map]
-pub static SITE_DURATIONS: Array<u64, SITES> = Array::new();
+pub static WAIT_SITES: Array<WaitSite, SITES, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Whether waits are followed, and since when.
 #[btf_map]

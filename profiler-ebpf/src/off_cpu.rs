@@ -17,7 +17,7 @@ use profiler_common::{
     abi::{
         counter::Counter,
         sample::{EventKind, SampleKey, StackEnd},
-        waits::{Ration, SITES, ThreadWait},
+        waits::{Ration, SITES, ThreadWait, WaitSite},
     },
     unwind::pt_regs,
 };
@@ -27,7 +27,8 @@ use crate::{
     capture,
     layout::loaded,
     lifecycle,
-    maps::{self, RATIONS, SITE_DURATIONS, THREADS, WAIT_CONTROL, WAIT_WALK_ON, count},
+    maps::{self, RATIONS, THREADS, WAIT_CONTROL, WAIT_SITES, WAIT_WALK_ON, count},
+    memory::atomic_add,
     scope,
     unwind::{self, Scratch},
 };
@@ -42,12 +43,15 @@ const TASK_NOLOAD: u64 = 0x400;
 const PERIOD: u64 = 1 << 24;
 /// A stack, in the units of [`Ration::tokens`]: so that a ration of one per second earns one unit per nanosecond.
 const STACK: u64 = 1_000_000_000;
+/// What has to be earned before it says something: eight stacks.
+const ENOUGH: u64 = 8 * STACK;
 /// The ration that can be saved: this part of a second.
 const BURST_DIVISOR: u64 = 4;
 /// Most waits that one may stand for.
 const MAX_WEIGHT: u64 = 1 << 16;
 /// Expectations are at least this, nanoseconds: nothing is shorter.
 const SHORTEST: u64 = 256;
+const RATIONED: u8 = StackEnd::Rationed as u8;
 /// Frames of tracing that may lie above the scheduler's.
 const MAX_TRACING_FRAMES: usize = 12;
 
@@ -123,20 +127,75 @@ fn arrive(task: u64, now: u64, since: u64) {
     let blocked = total.saturating_sub(queued);
     count(Counter::WaitsEnded);
     note_duration(wait, blocked, queued);
+    let mut site = site_of(wait.site);
+    if let Some(site) = site.as_deref_mut() {
+        learn(site, total, now);
+    }
     if wait.weight == 0 {
-        if wait.unsampled != 0 {
-            let (kind, end) = (wait.kind, wait.unsampled);
-            charge_without_stack(task, tgid, kind, end, blocked, queued);
+        match site {
+            Some(site) if wait.unsampled == 0 => {
+                owe(&raw mut site.blocked_ns, blocked);
+                owe(&raw mut site.queued_ns, queued);
+            }
+            _ => {
+                let (kind, end) = (wait.kind, if wait.unsampled == 0 { RATIONED } else { wait.unsampled });
+                charge_without_stack(task, tgid, kind, end, blocked, queued);
+            }
         }
         return;
     }
     if total < loaded!(SETTINGS.min_wait_ns) {
         count(Counter::WaitsShort);
         charge(task, tgid, wait, 0, 0, 0);
-    } else {
-        let weight = u64::from(wait.weight);
-        charge(task, tgid, wait, weight, blocked * weight, queued * weight);
+        return;
     }
+    let weight = u64::from(wait.weight);
+    let (mut blocked_ns, mut queued_ns) = (blocked * weight, queued * weight);
+    if let Some(site) = site {
+        site.key = wait.key;
+        blocked_ns = balance(&raw mut site.blocked_ns, blocked, blocked_ns);
+        queued_ns = balance(&raw mut site.queued_ns, queued, queued_ns);
+    }
+    charge(task, tgid, wait, weight, blocked_ns, queued_ns);
+}
+
+/// The place of a wait, if the slot still belongs to it.
+#[inline(always)]
+fn site_of(tag: u32) -> Option<&'static mut WaitSite> {
+    let site = WAIT_SITES.get_ptr_mut(tag & (SITES as u32 - 1))?;
+    // SAFETY: an array's slots are always there; what several CPUs raise at once is raised atomically, and of the
+    // rest the last writer is as good as any.
+    let site = unsafe { &mut *site };
+    if site.tag == tag && tag != 0 { Some(site) } else { None }
+}
+
+/// Lets the expectation learn from a wait that ended.
+#[inline(always)]
+fn learn(site: &mut WaitSite, total: u64, now: u64) {
+    let faded = site.expected_ns - site.expected_ns / 8;
+    site.expected_ns = if total > faded { total } else { faded };
+    site.used_ns = now;
+}
+
+/// Notes time that no sample was charged with.
+#[inline(always)]
+fn owe(balance: *mut i64, time: u64) {
+    if time != 0 {
+        atomic_add(balance.cast(), time);
+    }
+}
+
+/// What a sampled wait is charged with that lasted `time` and stands for `weighted`: a part of what the place is due
+/// or owes corrects it, so that weights come out exactly right in the end.
+#[inline(always)]
+fn balance(balance: *mut i64, time: u64, weighted: u64) -> u64 {
+    // SAFETY: an array's slots are always there.
+    let due = unsafe { balance.read_volatile() };
+    let after = due - (weighted - time) as i64;
+    let corrected = weighted as i64 + (after >> 2);
+    let charged = if corrected > 0 { corrected as u64 } else { 0 };
+    atomic_add(balance.cast(), time.wrapping_sub(charged));
+    charged
 }
 
 /// A thread gets the CPU that was never seen to leave one: it is new, or its wait began before the recording.
@@ -169,7 +228,7 @@ fn arrive_unknown(task: u64, thread: u32, tgid: u32, now: u64, since: u64) {
     }
 }
 
-/// Lets the totals and the expectations learn from a wait that ended.
+/// Lets this CPU's totals and expectation learn from a wait that ended.
 #[inline(always)]
 fn note_duration(wait: &ThreadWait, blocked: u64, queued: u64) {
     let Some(ration) = RATIONS.get_ptr_mut(0) else { return };
@@ -181,13 +240,6 @@ fn note_duration(wait: &ThreadWait, blocked: u64, queued: u64) {
     // A second is as good as forever.
     let bounded = if total > STACK { STACK } else { total };
     ration.typical_ns = ration.typical_ns - ration.typical_ns / 64 + bounded / 64;
-    if let Some(site) = SITE_DURATIONS.get_ptr_mut(u32::from(wait.site) & (SITES as u32 - 1)) {
-        // SAFETY: an array's slots are always there; what another CPU writes at the same time is as good.
-        let expected = unsafe { site.read_volatile() };
-        let faded = expected - expected / 8;
-        // SAFETY: as above.
-        unsafe { site.write_volatile(if total > faded { total } else { faded }) };
-    }
 }
 
 /// Raises the row of a sampled wait. Where it is gone already, because the agent has read it, another row refers
@@ -290,9 +342,9 @@ fn leave(ctx: &BtfTracePointContext, now: u64, walk: impl Fn(&BtfTracePointConte
     wait.kind = kind as u8;
     wait.weight = 0;
     wait.unsampled = 0;
-    let site = site(task, tgid, kind);
-    wait.site = site as u16;
-    match choose(site, now) {
+    let tag = tag(task, tgid, kind);
+    wait.site = tag;
+    match choose(claim_site(tag, tgid, now), now) {
         Choice::Stack(weight) => {
             wait.weight = weight;
             count(Counter::WaitsSampled);
@@ -300,10 +352,29 @@ fn leave(ctx: &BtfTracePointContext, now: u64, walk: impl Fn(&BtfTracePointConte
         }
         Choice::Represented => {}
         Choice::Rationed => {
-            wait.unsampled = StackEnd::Rationed as u8;
+            wait.unsampled = RATIONED;
             count(Counter::WaitsRationed);
         }
     }
+}
+
+/// The place of a wait that begins: its own, or one that is free. `None`: the slot is another's.
+#[inline(always)]
+fn claim_site(tag: u32, tgid: u32, now: u64) -> Option<&'static mut WaitSite> {
+    let site = WAIT_SITES.get_ptr_mut(tag & (SITES as u32 - 1))?;
+    // SAFETY: as in `site_of`.
+    let site = unsafe { &mut *site };
+    if site.tag != tag {
+        if site.tag != 0 {
+            return None;
+        }
+        site.expected_ns = 0;
+        site.key = SampleKey { hash: 0, tgid: 0, shape: 0 };
+        site.tgid = tgid;
+        site.tag = tag;
+    }
+    site.used_ns = now;
+    Some(site)
 }
 
 /// What is to be done about a wait that begins.
@@ -316,9 +387,10 @@ enum Choice {
     Rationed,
 }
 
-/// Decides about a wait that begins at `site`, before anybody knows how long it will last.
+/// Decides about a wait that begins, before anybody knows how long it will last. Where its place has no slot, there
+/// is nothing that others could stand for it by.
 #[inline(always)]
-fn choose(site: u32, now: u64) -> Choice {
+fn choose(site: Option<&mut WaitSite>, now: u64) -> Choice {
     let rate = u64::from(loaded!(SETTINGS.wait_stacks_per_second));
     if rate == 0 {
         return Choice::Stack(1);
@@ -331,13 +403,10 @@ fn choose(site: u32, now: u64) -> Choice {
         next_period(ration, now, elapsed, rate);
     }
     let mut weight = 1;
-    if ration.threshold_ns != 0 {
-        let expected = match SITE_DURATIONS.get_ptr(site) {
-            // SAFETY: an array's slots are always there.
-            Some(slot) => unsafe { read_volatile(slot) },
-            None => 0,
-        };
-        let expected = if expected == 0 { ration.typical_ns } else { expected };
+    if ration.threshold_ns != 0
+        && let Some(site) = site
+    {
+        let expected = if site.expected_ns == 0 { ration.typical_ns } else { site.expected_ns };
         weight = ration.threshold_ns / if expected > SHORTEST { expected } else { SHORTEST };
         if weight > MAX_WEIGHT {
             weight = MAX_WEIGHT;
@@ -349,11 +418,11 @@ fn choose(site: u32, now: u64) -> Choice {
             return Choice::Represented;
         }
     }
+    ration.wanted += 1;
     if ration.tokens < STACK {
         return Choice::Rationed;
     }
     ration.tokens -= STACK;
-    ration.taken += 1;
     Choice::Stack(weight as u32)
 }
 
@@ -363,28 +432,32 @@ fn next_period(ration: &mut Ration, now: u64, elapsed: u64, rate: u64) {
     let capacity = (STACK / BURST_DIVISOR) * rate;
     let elapsed = if elapsed > STACK { STACK } else { elapsed };
     let earned = elapsed * rate;
+    // (Unless everything is used up: that says enough.)
+    if earned < ENOUGH && elapsed < STACK && ration.tokens >= STACK {
+        return;
+    }
     let tokens = ration.tokens + earned;
     ration.tokens = if tokens > capacity { capacity } else { tokens };
-    let allowed = earned / STACK + 1;
-    let taken = ration.taken;
-    if taken > allowed && ration.tokens < capacity / 2 {
+    // With little left, some is saved.
+    let wanted = ration.wanted * STACK * if ration.tokens < capacity / 4 { 2 } else { 1 };
+    if wanted > earned && ration.tokens < capacity / 2 {
         let threshold =
             if ration.threshold_ns > ration.typical_ns { ration.threshold_ns } else { ration.typical_ns + SHORTEST };
-        let threshold = threshold / 4 * (4 * taken / allowed);
+        let threshold = threshold / 4 * (wanted / (earned / 4));
         ration.threshold_ns = if threshold > 64 * STACK { 64 * STACK } else { threshold };
-    } else if taken * 4 < allowed * 3 || ration.tokens > capacity / 4 * 3 {
+    } else if wanted < earned / 4 * 3 || ration.tokens > capacity / 4 * 3 {
         ration.threshold_ns -= ration.threshold_ns / 4;
         if ration.threshold_ns < SHORTEST {
             ration.threshold_ns = 0;
         }
     }
-    ration.taken = 0;
+    ration.wanted = 0;
     ration.period_ns = now;
 }
 
-/// Where the thread waits, as far as its user registers tell: a slot of the table of expected durations.
+/// Where the thread waits, as far as its user registers tell: see [`WaitSite::tag`].
 #[inline(always)]
-fn site(task: u64, tgid: u32, kind: EventKind) -> u32 {
+fn tag(task: u64, tgid: u32, kind: EventKind) -> u32 {
     let registers = if loaded!(SETTINGS.has_task_pt_regs) == 1 {
         // SAFETY: the helper takes the current task, as the verifier checks.
         unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) }.cast_unsigned()
@@ -397,7 +470,8 @@ fn site(task: u64, tgid: u32, kind: EventKind) -> u32 {
         (capture::saved_register(task, pt_regs::RIP), capture::saved_register(task, pt_regs::RSP))
     };
     let hash = mix(mix(u64::from(tgid) << 8 | kind as u64, pc), stack);
-    (hash >> 40) as u32 & (SITES as u32 - 1)
+    // (Never zero.)
+    (hash >> 32) as u32 | 1 << 31
 }
 
 /// Records the stacks of the thread that leaves the CPU.

@@ -6,3 +6,4 @@ mod daemon;
 mod recording;
 mod stacks;
 mod unwinding;
+mod waits;

@@ -90,6 +90,8 @@ pub enum Native {
     CMusl,
     /// The library that the C program loads.
     CPlugin,
+    /// C that waits in known places.
+    Waits,
     /// C++ without frame pointers.
     Cpp,
     /// Rust, as cargo's release profile compiles it.
@@ -108,6 +110,7 @@ pub fn native(kind: Native) -> PathBuf {
         Native::CStaticPie => ("gcc", &["-static-pie", "-w"], "shapes.c"),
         Native::CMusl => ("musl-gcc", &["-static"], "shapes.c"),
         Native::CPlugin => ("gcc", &["-fPIC", "-shared"], "plugin.c"),
+        Native::Waits => ("gcc", &[], "waits.c"),
         Native::Cpp => ("g++", &[], "shapes.cpp"),
         Native::Rust => ("rustc", &["-C", "opt-level=3", "--edition", "2024"], "shapes.rs"),
         Native::Go => ("go", &["build"], "shapes.go"),

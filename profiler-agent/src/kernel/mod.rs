@@ -27,7 +27,7 @@ use profiler_common::abi::{
     counter::Counter,
     sample::{LARGE_FRAMES, MEDIUM_FRAMES, SMALL_FRAMES, Sample},
     settings::{SETTINGS_MAGIC, Settings},
-    waits::ThreadWait,
+    waits::{ThreadWait, WaitSite},
 };
 use thiserror::Error;
 use tracing::{debug, warn};
@@ -296,6 +296,13 @@ impl Kernel {
     /// waits are not followed.
     pub fn waiting_threads(&self, thread: impl FnMut(u32, ThreadWait)) -> Result<Option<u64>, KernelError> {
         self.waits.as_ref().map(|waits| waits.threads(thread)).transpose()
+    }
+
+    /// Takes what places of waits are due (or owe) that were not used in the last `idle`, and frees them.
+    pub fn take_wait_dues(&self, idle: Duration, due: impl FnMut(WaitSite)) {
+        if let Some(waits) = &self.waits {
+            waits.take_dues(idle, due);
+        }
     }
 
     /// Time that threads in scope have waited, whether sampled or not, nanoseconds by `EventKind`.

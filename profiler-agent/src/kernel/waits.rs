@@ -1,6 +1,12 @@
 //! The programs on the scheduler's events, and their maps.
 
-use std::os::fd::AsFd as _;
+use std::{
+    io,
+    os::fd::{AsFd as _, AsRawFd as _},
+    ptr::{self, NonNull},
+    sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed},
+    time::Duration,
+};
 
 use aya::{
     Btf, Ebpf,
@@ -8,7 +14,10 @@ use aya::{
     programs::{BtfTracePoint, tp_btf::BtfTracePointLinkId},
 };
 use nix::time::{ClockId, clock_gettime};
-use profiler_common::abi::waits::{MAX_THREADS, Ration, ThreadWait, WaitControl};
+use profiler_common::abi::{
+    sample::SampleKey,
+    waits::{MAX_THREADS, Ration, SITES, ThreadWait, WaitControl, WaitSite},
+};
 use zerocopy::FromBytes as _;
 
 use super::{KernelError, commands, program, take_map};
@@ -30,6 +39,7 @@ pub(super) struct WaitPrograms {
     threads: MapData,
     rations: PerCpuArray<MapData, RationCell>,
     control: Array<MapData, ControlCell>,
+    sites: Sites,
     /// The kernel empties it when nobody holds it any more.
     _walk_on: Option<ProgramArray<MapData>>,
 }
@@ -73,11 +83,17 @@ impl WaitPrograms {
             Some(aya::maps::Map::HashMap(map)) => map,
             _ => return Err(KernelError::MissingPart(THREADS)),
         };
+        let sites = match ebpf.take_map("WAIT_SITES") {
+            Some(aya::maps::Map::Array(map)) => map,
+            _ => return Err(KernelError::MissingPart("WAIT_SITES")),
+        };
         Ok(Self {
             programs: [(wake, None), (switch, None)],
             threads,
             rations: take_map(ebpf, "RATIONS")?,
             control: take_map(ebpf, "WAIT_CONTROL")?,
+            sites: Sites::map(&sites)
+                .map_err(|error| KernelError::System { what: "mapping the places of waits", error })?,
             _walk_on: walk_on,
         })
     }
@@ -116,6 +132,12 @@ impl WaitPrograms {
         Ok(now)
     }
 
+    /// Takes what places are due (or owe) that were not used in the last `idle`, and frees them.
+    pub(super) fn take_dues(&self, idle: Duration, due: impl FnMut(WaitSite)) {
+        let idle = u64::try_from(idle.as_nanos()).unwrap_or(u64::MAX);
+        self.sites.take_dues(monotonic_ns().saturating_sub(idle), due);
+    }
+
     /// Time waited, by `EventKind`.
     pub(super) fn waited(&self) -> Result<[u64; 8], KernelError> {
         let mut sum = [0u64; 8];
@@ -128,8 +150,78 @@ impl WaitPrograms {
     }
 }
 
+/// The map of places, in this process's memory.
+struct Sites {
+    first: NonNull<WaitSite>,
+}
+
+impl Sites {
+    const BYTES: usize = SITES * size_of::<WaitSite>();
+
+    fn map(map: &MapData) -> io::Result<Self> {
+        let descriptor = map.fd().as_fd().as_raw_fd();
+        // SAFETY: a new mapping of the map's values, which the kernel keeps alive for as long as they are mapped.
+        let mapped = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                Self::BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                descriptor,
+                0,
+            )
+        };
+        match NonNull::new(mapped.cast()) {
+            Some(first) if mapped != libc::MAP_FAILED => Ok(Self { first }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Calls `due` for each place that was last used before `before_ns`.
+    fn take_dues(&self, before_ns: u64, mut due: impl FnMut(WaitSite)) {
+        for index in 0..SITES {
+            // SAFETY: the mapping holds SITES values, aligned to eight bytes each, and lives as long as `self`. Programs
+            // change them at the same time: each member is only accessed atomically.
+            let (tag, tgid, used, blocked, queued, hash, shape) = unsafe {
+                let site = self.first.as_ptr().add(index);
+                (
+                    AtomicU32::from_ptr(&raw mut (*site).tag),
+                    AtomicU32::from_ptr(&raw mut (*site).tgid),
+                    AtomicU64::from_ptr(&raw mut (*site).used_ns),
+                    AtomicI64::from_ptr(&raw mut (*site).blocked_ns),
+                    AtomicI64::from_ptr(&raw mut (*site).queued_ns),
+                    AtomicU64::from_ptr(&raw mut (*site).key.hash),
+                    AtomicU32::from_ptr(&raw mut (*site).key.shape),
+                )
+            };
+            let owner = tag.load(Relaxed);
+            if owner == 0 || used.load(Relaxed) > before_ns {
+                continue;
+            }
+            let tgid = tgid.load(Relaxed);
+            let key = SampleKey { hash: hash.load(Relaxed), tgid, shape: shape.load(Relaxed) };
+            // A wait that ends here at this moment leaves its time to whoever has the slot next.
+            let (blocked_ns, queued_ns) = (blocked.swap(0, Relaxed), queued.swap(0, Relaxed));
+            tag.store(0, Relaxed);
+            if blocked_ns != 0 || queued_ns != 0 {
+                due(WaitSite { tag: owner, tgid, blocked_ns, queued_ns, key, ..WaitSite::default() });
+            }
+        }
+    }
+}
+
+impl Drop for Sites {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `map` and is not used any more.
+        unsafe { libc::munmap(self.first.as_ptr().cast(), Self::BYTES) };
+    }
+}
+
+// SAFETY: the memory is only accessed atomically, and belongs to no thread.
+unsafe impl Send for Sites {}
+
 /// The clock of `bpf_ktime_get_ns`.
 fn monotonic_ns() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(std::time::Duration::from).unwrap_or_default();
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -8,7 +8,7 @@ use std::{
 use profiler_common::abi::{
     notice::{ForkNotice, NoticeHeader, NoticeKind, PlaceNotice, TableNotice},
     process::{COMM_LEN, ProcessKey},
-    sample::StackEnd,
+    sample::{EventKind, StackEnd},
 };
 use tracing::debug;
 use zerocopy::FromBytes as _;
@@ -211,6 +211,27 @@ impl ProcessTable {
             end,
             locations,
             count: sample.count,
+            time_ns: 0,
+        }
+    }
+
+    /// A sample of a process of which nothing but its PID is known.
+    pub fn without_stack(&self, tgid: u32, kind: EventKind, end: StackEnd) -> LocatedSample {
+        let process = self.newest.get(&tgid).and_then(|key| self.processes.get(key));
+        let process = process.map_or_else(
+            || {
+                let key = ProcessKey { tgid, ..ProcessKey::default() };
+                Arc::new(ProcessInfo { key, name: String::new() })
+            },
+            |process| Arc::clone(&process.info),
+        );
+        LocatedSample {
+            thread_name: process.name.as_str().into(),
+            process,
+            kind,
+            end,
+            locations: Vec::new(),
+            count: 0,
             time_ns: 0,
         }
     }

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use profiler_common::abi::{
     sample::{EventKind, SampleKey, StackEnd},
-    waits::ThreadWait,
+    waits::{ThreadWait, WaitSite},
 };
 
 use crate::profile::{LocatedSample, Location, Waited};
@@ -20,6 +20,8 @@ const MAX_BYTES: usize = 16 << 20;
 const STACK_BYTES: usize = 256;
 /// Waits that are under way longer than this are charged before they end, nanoseconds.
 const LONG_NS: u64 = 5_000_000_000;
+/// Drains for which a stack is kept after its last wait: its place may be due something.
+const KEEP_FOR: u64 = 12;
 /// Drains after which what is to be taken off a row that never came is forgotten.
 const OWED_FOR: u64 = 12;
 
@@ -139,6 +141,29 @@ impl WaitBook {
         }
     }
 
+    /// Takes what a place of rationed waits is due, or owes. `stranger` makes the sample for a place whose stack is not
+    /// known.
+    pub fn add_due(&mut self, due: &WaitSite, stranger: impl FnOnce() -> LocatedSample) {
+        let key = if self.known.contains_key(&due.key) {
+            due.key
+        } else {
+            let key = SampleKey { hash: u64::from(due.tag), tgid: due.tgid, shape: 0 };
+            self.strangers.entry(key).or_insert_with(stranger);
+            key
+        };
+        let part = |balance: i64| u64::try_from(balance).unwrap_or(0);
+        let drained = self.drained.entry(key).or_default();
+        drained.add(Cost { count: 0, blocked_ns: part(due.blocked_ns), queued_ns: part(due.queued_ns) });
+        let owed = Cost {
+            count: 0,
+            blocked_ns: part(due.blocked_ns.saturating_neg()),
+            queued_ns: part(due.queued_ns.saturating_neg()),
+        };
+        if !owed.is_zero() {
+            self.owe(key, owed);
+        }
+    }
+
     /// Ends a drain: what waits cost since the last one. `threads` are those that wait at `now_ns`, read after the
     /// rows; all that are under way are charged where `is_last`, otherwise those that last.
     pub fn settle(&mut self, threads: &HashMap<u32, ThreadWait>, now_ns: u64, is_last: bool) -> Vec<LocatedSample> {
@@ -168,7 +193,7 @@ impl WaitBook {
         let (drain, bytes) = (self.drain, &mut self.bytes);
         self.owed.retain(|_, (owed, since)| !owed.is_zero() && drain - *since < OWED_FOR);
         self.known.retain(|_, known| {
-            let keep = known.open > 0;
+            let keep = known.open > 0 || drain - known.used < KEEP_FOR;
             if !keep {
                 *bytes -= bytes_of(&known.sample);
             }
@@ -186,16 +211,24 @@ impl WaitBook {
 
     /// Notes what is owed for waits that were charged and have ended since.
     fn collect_ended(&mut self, threads: &HashMap<u32, ThreadWait>) {
-        let (owed, drain) = (&mut self.owed, self.drain);
+        let mut ended = Vec::new();
         self.progress.retain(|thread, progress| {
             let goes_on = threads.get(thread).is_some_and(|wait| wait.began_ns == progress.began_ns);
             if !goes_on {
-                let entry = owed.entry(progress.key).or_insert((Cost::default(), drain));
-                entry.0.add(progress.charged);
-                entry.1 = drain;
+                ended.push((progress.key, progress.charged));
             }
             goes_on
         });
+        for (key, charged) in ended {
+            self.owe(key, charged);
+        }
+    }
+
+    /// Notes what is to be taken off a stack's next costs.
+    fn owe(&mut self, key: SampleKey, cost: Cost) {
+        let (owed, since) = self.owed.entry(key).or_insert((Cost::default(), self.drain));
+        owed.add(cost);
+        *since = self.drain;
     }
 
     /// Charges what a wait that is under way has cost since it was charged last.
@@ -337,12 +370,14 @@ mod tests {
         end(&mut book, 1, 40, 2);
         let expected = [(EventKind::Blocked, 3, 40), (EventKind::RunQueue, 3, 2)];
         assert_eq!(settle(&mut book, &nobody(), 0, false), expected);
-        assert_eq!((book.stats().stacks, book.stats().bytes), (0, 0));
 
         end(&mut book, 2, 5, 0);
         begin(&mut book, 2, 1, 0, 0);
         assert_eq!(settle(&mut book, &nobody(), 0, false), [(EventKind::Blocked, 3, 5)]);
-        assert_eq!(book.stats().stacks, 0);
+        for _ in 0..=KEEP_FOR {
+            settle(&mut book, &nobody(), 0, false);
+        }
+        assert_eq!((book.stats().stacks, book.stats().bytes), (0, 0));
     }
 
     /// What ends without its stack is still charged to its process.
@@ -367,7 +402,23 @@ mod tests {
         assert_eq!(settle(&mut book, &nobody(), now + 9, false), []);
         end(&mut book, 1, 6 * SECOND + 8, 0);
         assert_eq!(settle(&mut book, &nobody(), now + 20, false), [(EventKind::Blocked, 3, 3)]);
-        assert_eq!((book.stats().stacks, book.owed.len(), book.progress.len()), (0, 0, 0));
+        assert_eq!((book.owed.len(), book.progress.len()), (0, 0));
+    }
+
+    /// What a place is due goes to its stack, or to its process; what it owes is taken off its stack's next cost.
+    #[test]
+    fn balances_places() {
+        let due = |hash, blocked_ns| WaitSite { tag: 5, tgid: 7, blocked_ns, key: key(hash), ..WaitSite::default() };
+        let unknown = || sample(0, StackEnd::Rationed);
+        let mut book = WaitBook::default();
+        begin(&mut book, 1, 1, 1, 10);
+        book.add_due(&due(1, 4), unknown);
+        assert_eq!(settle(&mut book, &nobody(), 0, false), [(EventKind::Blocked, 3, 14)]);
+        book.add_due(&due(1, -3), unknown);
+        book.add_due(&due(2, 6), unknown);
+        assert_eq!(settle(&mut book, &nobody(), 0, false), [(EventKind::Blocked, 0, 6)]);
+        begin(&mut book, 1, 1, 1, 10);
+        assert_eq!(settle(&mut book, &nobody(), 0, false), [(EventKind::Blocked, 3, 7)]);
     }
 
     /// The last drain charges everything that is under way.

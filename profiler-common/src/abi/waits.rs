@@ -8,8 +8,8 @@ use super::sample::SampleKey;
 
 /// Threads that can be remembered.
 pub const MAX_THREADS: usize = 65_536;
-/// Slots of the table of expected durations. A power of two, so that indexes can be masked.
-pub const SITES: usize = 8192;
+/// Places of waits that can be remembered. A power of two, so that indexes can be masked.
+pub const SITES: usize = 16_384;
 
 /// A thread's last wait, keyed by thread ID.
 #[repr(C)]
@@ -23,19 +23,45 @@ pub struct ThreadWait {
     pub key: SampleKey,
     /// How many waits this one stands for; zero: no stack was taken.
     pub weight: u32,
-    /// Slot of the table of expected durations.
-    pub site: u16,
+    /// The [`WaitSite::tag`] of the place.
+    pub site: u32,
     /// An `EventKind`: why the thread left the CPU.
     pub kind: u8,
     /// A `StackEnd`: without a stack, the reason to charge its time to; zero: others stand for it.
     pub unsampled: u8,
+    /// Zero.
+    pub reserved: [u8; 6],
+}
+
+/// A place where threads wait, as far as their process, their user registers and the kind of wait tell.
+///
+/// It knows how long waits last here, which decides how often their stacks are taken, and what the sampled waits
+/// have been charged too little (or too much) for the others: weights alone are right on average, and the balance
+/// makes them right in the end.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct WaitSite {
+    /// Hash of what makes the place; zero: the slot is free.
+    pub tag: u32,
+    /// Whose it is.
+    pub tgid: u32,
+    /// The longest wait lately, fading, nanoseconds.
+    pub expected_ns: u64,
+    /// Time blocked here that no sample was charged with yet; negative: that one was charged with too much.
+    pub blocked_ns: i64,
+    /// The same for time waiting for a CPU.
+    pub queued_ns: i64,
+    /// When a wait last began or ended here (`CLOCK_MONOTONIC`, nanoseconds).
+    pub used_ns: u64,
+    /// The row of the last sampled wait here.
+    pub key: SampleKey,
 }
 
 /// One CPU's ration of stacks.
 ///
-/// A wait is chosen with a probability of 1 in `expected / threshold_ns` (where that is below one), decided before
-/// its duration is known, and then stands for as many waits as the inverse: the estimate is unbiased whatever the
-/// expectation was, and the better it was the smaller is the error.
+/// A wait is chosen with a probability of `expected / threshold_ns` (where that is below one), decided before its
+/// duration is known, and then stands for as many waits as the inverse: that is unbiased whatever the expectation
+/// was, and the better it was the smaller is the error.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct Ration {
@@ -43,8 +69,8 @@ pub struct Ration {
     pub period_ns: u64,
     /// Stacks that may still be taken, in billionths.
     pub tokens: u64,
-    /// Stacks taken in the current period.
-    pub taken: u64,
+    /// Waits that were chosen in the current period.
+    pub wanted: u64,
     /// Waits that are expected to last this long are chosen always, shorter ones in proportion. Zero: all are.
     pub threshold_ns: u64,
     /// What waits on this CPU lasted lately: the expectation for places that are new.
@@ -64,6 +90,7 @@ pub struct WaitControl {
 }
 
 const _: () = {
-    assert!(size_of::<ThreadWait>() == 40);
-    assert!(SITES.is_power_of_two() && SITES <= 1 << 16);
+    assert!(size_of::<ThreadWait>() == 48);
+    assert!(size_of::<WaitSite>() == 56);
+    assert!(SITES.is_power_of_two());
 };
