@@ -374,7 +374,7 @@ impl Collector {
             self.stats.count_wait_end(sample.end, sample.time_ns);
         }
         samples.extend(settled);
-        self.stats.set_waits(waits.stats(), self.kernel.waited()?);
+        self.stats.set_waits(waits.stats(), self.kernel.wait_totals()?);
         now.map(|_| ())
     }
 

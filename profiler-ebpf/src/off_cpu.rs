@@ -8,8 +8,8 @@ use core::ptr::read_volatile;
 
 use aya_ebpf::{
     helpers::{
-        bpf_get_current_pid_tgid, bpf_get_prandom_u32,
-        generated::{bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_task_pt_regs},
+        bpf_get_current_pid_tgid,
+        generated::{bpf_ktime_get_ns, bpf_task_pt_regs},
     },
     programs::BtfTracePointContext,
 };
@@ -17,7 +17,7 @@ use profiler_common::{
     abi::{
         counter::Counter,
         sample::{EventKind, SampleKey, StackEnd},
-        waits::{Ration, SITES, ThreadWait, WaitSite},
+        waits::{Ration, SITES, THREAD_SLOTS, ThreadWait, WaitSite},
     },
     unwind::pt_regs,
 };
@@ -27,7 +27,7 @@ use crate::{
     capture,
     layout::loaded,
     lifecycle,
-    maps::{self, RATIONS, THREADS, WAIT_CONTROL, WAIT_SITES, WAIT_WALK_ON, count},
+    maps::{self, MORE_THREADS, RATIONS, THREADS, WAIT_CONTROL, WAIT_SITES, WAIT_WALK_ON, count},
     memory::atomic_add,
     scope,
     unwind::{self, Scratch},
@@ -64,10 +64,69 @@ pub fn switch(ctx: &BtfTracePointContext, walk: impl Fn(&BtfTracePointContext, &
     if since == 0 {
         return;
     }
+    let Some(ration) = RATIONS.get_ptr_mut(0) else { return };
+    // SAFETY: this CPU's value is used by one program at a time: they run with interrupts off.
+    let ration = unsafe { &mut *ration };
     // SAFETY: the helper has no arguments.
     let now = unsafe { bpf_ktime_get_ns() };
-    arrive(ctx.arg(2), now, since);
-    leave(ctx, now, walk);
+    arrive(ctx.arg(2), now, since, ration);
+    leave(ctx, now, ration, walk);
+}
+
+/// What is remembered of a thread.
+#[inline(always)]
+fn thread_wait(thread: u32) -> Option<&'static mut ThreadWait> {
+    let slot = THREADS.get_ptr_mut(thread & (THREAD_SLOTS as u32 - 1))?;
+    // SAFETY: an array's slots are always there; the scheduler's locks order what happens to one thread.
+    let slot = unsafe { &mut *slot };
+    if slot.thread == thread {
+        return Some(slot);
+    }
+    if slot.thread == 0 {
+        return None;
+    }
+    // SAFETY: a value of this preallocated map stays readable while the program runs; as above.
+    MORE_THREADS.get_ptr_mut(thread).map(|wait| unsafe { &mut *wait })
+}
+
+/// Makes room for a thread that is not remembered.
+#[inline(always)]
+fn remember(thread: u32) -> Option<&'static mut ThreadWait> {
+    let slot = THREADS.get_ptr_mut(thread & (THREAD_SLOTS as u32 - 1))?;
+    // SAFETY: as in `thread_wait`. (Should two CPUs take the same slot at the same moment, the later one has it, and
+    // the other thread's wait is not known when it ends.)
+    let slot = unsafe { &mut *slot };
+    if slot.thread == 0 {
+        slot.began_ns = 0;
+        slot.thread = thread;
+        return Some(slot);
+    }
+    let _checked_below = MORE_THREADS.insert(thread, ThreadWait { thread, ..ThreadWait::default() }, 0);
+    let wait = MORE_THREADS.get_ptr_mut(thread);
+    if wait.is_none() {
+        count(Counter::ThreadsFull);
+        // From now on, an unknown thread may also be one for which there was no room.
+        if let Some(control) = WAIT_CONTROL.get_ptr_mut(0) {
+            // SAFETY: an array's slots are always there.
+            unsafe { (*control).is_incomplete = 1 };
+        }
+    }
+    // SAFETY: as in `thread_wait`.
+    wait.map(|wait| unsafe { &mut *wait })
+}
+
+/// Forgets a thread that has ended.
+#[inline(always)]
+fn forget(thread: u32) {
+    let Some(slot) = THREADS.get_ptr_mut(thread & (THREAD_SLOTS as u32 - 1)) else { return };
+    // SAFETY: as in `thread_wait`.
+    let slot = unsafe { &mut *slot };
+    if slot.thread == thread {
+        slot.began_ns = 0;
+        slot.thread = 0;
+    } else if slot.thread != 0 {
+        let _unknown_is_fine = MORE_THREADS.remove(thread);
+    }
 }
 
 /// `sched_wakeup(task)`: from here on the thread only waits for a CPU.
@@ -75,10 +134,7 @@ pub fn switch(ctx: &BtfTracePointContext, walk: impl Fn(&BtfTracePointContext, &
 pub fn wake(ctx: &BtfTracePointContext) {
     let task: u64 = ctx.arg(0);
     let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
-    let Some(wait) = THREADS.get_ptr_mut(thread) else { return };
-    // SAFETY: a value of this preallocated map stays readable while the program runs; the scheduler's locks order
-    // what happens to one thread.
-    let wait = unsafe { &mut *wait };
+    let Some(wait) = thread_wait(thread) else { return };
     if wait.began_ns != 0 && wait.woken_ns == 0 && wait.kind != EventKind::RunQueue as u8 {
         // SAFETY: the helper has no arguments.
         wait.woken_ns = unsafe { bpf_ktime_get_ns() };
@@ -97,7 +153,7 @@ pub fn walk_on(ctx: &BtfTracePointContext) {
 
 /// A thread gets the CPU: what it waited is charged.
 #[inline(always)]
-fn arrive(task: u64, now: u64, since: u64) {
+fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
     let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
     if thread == 0 {
         return;
@@ -106,11 +162,10 @@ fn arrive(task: u64, now: u64, since: u64) {
     if !scope::includes(tgid) {
         return;
     }
-    let Some(wait) = THREADS.get_ptr_mut(thread) else {
+    let Some(wait) = thread_wait(thread) else {
+        ration.ended += 1;
         return arrive_unknown(task, thread, tgid, now, since);
     };
-    // SAFETY: as in `wake`.
-    let wait = unsafe { &mut *wait };
     let began = wait.began_ns;
     if began == 0 {
         return;
@@ -125,8 +180,7 @@ fn arrive(task: u64, now: u64, since: u64) {
         0
     };
     let blocked = total.saturating_sub(queued);
-    count(Counter::WaitsEnded);
-    note_duration(wait, blocked, queued);
+    note_duration(ration, wait.kind, blocked, queued);
     let mut site = site_of(wait.site);
     if let Some(site) = site.as_deref_mut() {
         learn(site, total, now);
@@ -201,17 +255,10 @@ fn balance(balance: *mut i64, time: u64, weighted: u64) -> u64 {
 /// A thread gets the CPU that was never seen to leave one: it is new, or its wait began before the recording.
 #[inline(always)]
 fn arrive_unknown(task: u64, thread: u32, tgid: u32, now: u64, since: u64) {
-    if THREADS.insert(thread, ThreadWait::default(), 0).is_err() {
-        count(Counter::ThreadsFull);
-        // From now on, an unknown thread may also be one for which there was no room.
-        if let Some(control) = WAIT_CONTROL.get_ptr_mut(0) {
-            // SAFETY: an array's slots are always there.
-            unsafe { (*control).is_incomplete = 1 };
-        }
+    if remember(thread).is_none() {
         return;
     }
     let started: u64 = member(task, loaded!(LAYOUT.task_start_time));
-    count(Counter::WaitsEnded);
     if started >= since {
         let queued = now.saturating_sub(started);
         charge_without_stack(task, tgid, EventKind::RunQueue as u8, StackEnd::NotStarted as u8, 0, queued);
@@ -230,11 +277,9 @@ fn arrive_unknown(task: u64, thread: u32, tgid: u32, now: u64, since: u64) {
 
 /// Lets this CPU's totals and expectation learn from a wait that ended.
 #[inline(always)]
-fn note_duration(wait: &ThreadWait, blocked: u64, queued: u64) {
-    let Some(ration) = RATIONS.get_ptr_mut(0) else { return };
-    // SAFETY: this CPU's value is used by one program at a time: they run with interrupts off.
-    let ration = unsafe { &mut *ration };
-    ration.waited_ns[usize::from(wait.kind & 7)] += blocked;
+fn note_duration(ration: &mut Ration, kind: u8, blocked: u64, queued: u64) {
+    ration.ended += 1;
+    ration.waited_ns[usize::from(kind & 7)] += blocked;
     ration.waited_ns[EventKind::RunQueue as usize] += queued;
     let total = blocked + queued;
     // A second is as good as forever.
@@ -296,7 +341,7 @@ fn charge_without_stack(task: u64, tgid: u32, kind: u8, end: u8, blocked: u64, q
 
 /// The current thread leaves the CPU.
 #[inline(always)]
-fn leave(ctx: &BtfTracePointContext, now: u64, walk: impl Fn(&BtfTracePointContext, &mut Scratch)) {
+fn leave(ctx: &BtfTracePointContext, now: u64, ration: &mut Ration, walk: impl Fn(&BtfTracePointContext, &mut Scratch)) {
     let pid_tgid = bpf_get_current_pid_tgid();
     let (tgid, thread) = ((pid_tgid >> 32) as u32, pid_tgid as u32);
     if thread == 0 || !scope::includes(tgid) {
@@ -310,7 +355,7 @@ fn leave(ctx: &BtfTracePointContext, now: u64, walk: impl Fn(&BtfTracePointConte
         u64::from(member::<u32>(task, loaded!(LAYOUT.task_state)))
     };
     if !is_preempted && state & TASK_DEAD != 0 {
-        let _unknown_is_fine = THREADS.remove(thread);
+        forget(thread);
         return;
     }
     let kind = if is_preempted || state == 0 {
@@ -320,23 +365,7 @@ fn leave(ctx: &BtfTracePointContext, now: u64, walk: impl Fn(&BtfTracePointConte
     } else {
         EventKind::Blocked
     };
-    let wait = match THREADS.get_ptr_mut(thread) {
-        Some(wait) => wait,
-        None => {
-            let _checked_below = THREADS.insert(thread, ThreadWait::default(), 0);
-            let Some(wait) = THREADS.get_ptr_mut(thread) else {
-                count(Counter::ThreadsFull);
-                if let Some(control) = WAIT_CONTROL.get_ptr_mut(0) {
-                    // SAFETY: an array's slots are always there.
-                    unsafe { (*control).is_incomplete = 1 };
-                }
-                return;
-            };
-            wait
-        }
-    };
-    // SAFETY: as in `wake`.
-    let wait = unsafe { &mut *wait };
+    let Some(wait) = thread_wait(thread).or_else(|| remember(thread)) else { return };
     wait.began_ns = now;
     wait.woken_ns = 0;
     wait.kind = kind as u8;
@@ -344,7 +373,7 @@ fn leave(ctx: &BtfTracePointContext, now: u64, walk: impl Fn(&BtfTracePointConte
     wait.unsampled = 0;
     let tag = tag(task, tgid, kind);
     wait.site = tag;
-    match choose(claim_site(tag, tgid, now), now) {
+    match choose(ration, claim_site(tag, tgid, now), now) {
         Choice::Stack(weight) => {
             wait.weight = weight;
             count(Counter::WaitsSampled);
@@ -390,14 +419,11 @@ enum Choice {
 /// Decides about a wait that begins, before anybody knows how long it will last. Where its place has no slot, there
 /// is nothing that others could stand for it by.
 #[inline(always)]
-fn choose(site: Option<&mut WaitSite>, now: u64) -> Choice {
+fn choose(ration: &mut Ration, site: Option<&mut WaitSite>, now: u64) -> Choice {
     let rate = u64::from(loaded!(SETTINGS.wait_stacks_per_second));
     if rate == 0 {
         return Choice::Stack(1);
     }
-    let Some(ration) = RATIONS.get_ptr_mut(0) else { return Choice::Rationed };
-    // SAFETY: as in `note_duration`.
-    let ration = unsafe { &mut *ration };
     let elapsed = now.saturating_sub(ration.period_ns);
     if elapsed >= PERIOD {
         next_period(ration, now, elapsed, rate);
@@ -413,8 +439,7 @@ fn choose(site: Option<&mut WaitSite>, now: u64) -> Choice {
         }
         if weight <= 1 {
             weight = 1;
-            // SAFETY: the helper has no arguments.
-        } else if u64::from(unsafe { bpf_get_prandom_u32() }) % weight != 0 {
+        } else if (random(ration, now) * weight) >> 32 != 0 {
             return Choice::Represented;
         }
     }
@@ -424,6 +449,17 @@ fn choose(site: Option<&mut WaitSite>, now: u64) -> Choice {
     }
     ration.tokens -= STACK;
     Choice::Stack(weight as u32)
+}
+
+/// A random number of 32 bits (xorshift64, by Marsaglia): the kernel's helper takes longer than all the rest.
+#[inline(always)]
+fn random(ration: &mut Ration, now: u64) -> u64 {
+    let mut state = if ration.random == 0 { now | 1 } else { ration.random };
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    ration.random = state;
+    state >> 32
 }
 
 /// Pays out the ration of the time since the last period, and moves the threshold so that it will last.
@@ -459,8 +495,8 @@ fn next_period(ration: &mut Ration, now: u64, elapsed: u64, rate: u64) {
 #[inline(always)]
 fn tag(task: u64, tgid: u32, kind: EventKind) -> u32 {
     let registers = if loaded!(SETTINGS.has_task_pt_regs) == 1 {
-        // SAFETY: the helper takes the current task, as the verifier checks.
-        unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) }.cast_unsigned()
+        // SAFETY: the helper takes a task that the verifier knows.
+        unsafe { bpf_task_pt_regs(task as *mut _) }.cast_unsigned()
     } else {
         0
     };
@@ -532,9 +568,7 @@ fn is_scheduler(address: u64) -> bool {
 fn finish(scratch: &mut Scratch) {
     capture::complete(scratch);
     let is_counted = aggregate::add(scratch);
-    let Some(wait) = THREADS.get_ptr_mut(bpf_get_current_pid_tgid() as u32) else { return };
-    // SAFETY: as in `wake`.
-    let wait = unsafe { &mut *wait };
+    let Some(wait) = thread_wait(bpf_get_current_pid_tgid() as u32) else { return };
     if is_counted {
         wait.key = scratch.sample.header.key();
     } else {

@@ -369,12 +369,12 @@ fn summary(profile: &Profile, stats: &Stats, elapsed: Duration, reason: &str, ou
     let mut text = format!("recorded {:.1} s{reason}: ", elapsed.as_secs_f64());
     let stacks = format!("{} stacks to {}", profile.samples.len(), output.name());
     if profile.events.includes_off_cpu() {
-        let (_, waited_ns) = stats.waits();
-        let seconds = |kind: EventKind| Duration::from_nanos(waited_ns[kind as usize]).as_secs_f64();
+        let (_, totals) = stats.waits();
+        let seconds = |kind: EventKind| Duration::from_nanos(totals.waited_ns[kind as usize]).as_secs_f64();
         text += &format!(
             "{} waits ended, {} of them sampled; {:.3} s blocked, {:.3} s uninterruptible, {:.3} s for a CPU, \
              {:.3} s exported, {:.3} s lost",
-            stats.kernel(Counter::WaitsEnded),
+            totals.ended,
             stats.kernel(Counter::WaitsSampled),
             seconds(EventKind::Blocked),
             seconds(EventKind::Uninterruptible),

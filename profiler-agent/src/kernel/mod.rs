@@ -45,6 +45,7 @@ pub use self::{
     mmap_events::MmapEvents,
     rings::{DebugLog, Ring},
     tables::{KernelMappings, KernelTables},
+    waits::WaitTotals,
 };
 use self::waits::WaitPrograms;
 
@@ -189,12 +190,15 @@ impl Kernel {
         let types = Btf::parse_file(options.btf, aya::Endianness::default())
             .map_err(|error| KernelError::Load(aya::EbpfError::BtfError(error)))?;
         let log_level: u8 = if options.debug_log { aya_log::Level::Debug as u8 } else { 0 };
-        let mut ebpf = EbpfLoader::new()
+        let mut loader = EbpfLoader::new();
+        for (map, size) in waits::map_sizes(follow_waits) {
+            loader.map_max_entries(map, size);
+        }
+        let mut ebpf = loader
             .btf(Some(&types))
             .override_global("SETTINGS", settings.as_bytes(), true)
             .override_global("LAYOUT", layout.as_bytes(), true)
             .override_global(aya_log::LEVEL, &log_level, true)
-            .map_max_entries(waits::THREADS, waits::max_threads(follow_waits))
             .load(OBJECT)?;
 
         let buffer = |ebpf: &mut Ebpf, name: &'static str, value_size: usize, rows: u32| {
@@ -305,9 +309,9 @@ impl Kernel {
         }
     }
 
-    /// Time that threads in scope have waited, whether sampled or not, nanoseconds by `EventKind`.
-    pub fn waited(&self) -> Result<[u64; 8], KernelError> {
-        self.waits.as_ref().map_or(Ok([0; 8]), WaitPrograms::waited)
+    /// What threads in scope have waited.
+    pub fn wait_totals(&self) -> Result<WaitTotals, KernelError> {
+        self.waits.as_ref().map_or_else(|| Ok(WaitTotals::default()), WaitPrograms::totals)
     }
 
     /// What this kernel offers.

@@ -16,20 +16,32 @@ use aya::{
 use nix::time::{ClockId, clock_gettime};
 use profiler_common::abi::{
     sample::SampleKey,
-    waits::{MAX_THREADS, Ration, SITES, ThreadWait, WaitControl, WaitSite},
+    waits::{MORE_THREADS, Ration, SITES, THREAD_SLOTS, ThreadWait, WaitControl, WaitSite},
 };
 use zerocopy::FromBytes as _;
 
 use super::{KernelError, commands, program, take_map};
 
-/// The map of threads.
-pub(super) const THREADS: &str = "THREADS";
+/// The maps of threads.
+const THREADS: &str = "THREADS";
+const MORE_THREADS_MAP: &str = "MORE_THREADS";
 const SWITCH: &str = "sched_switch";
+const SITES_MAP: &str = "WAIT_SITES";
 const WAKE: &str = "sched_wakeup";
 
-/// Threads that can be followed: none where waits are not recorded, so that the map takes no memory.
-pub(super) fn max_threads(follow: bool) -> u32 {
-    if follow { MAX_THREADS as u32 } else { 1 }
+/// The maps' sizes: next to nothing where waits are not recorded.
+pub(super) fn map_sizes(follow: bool) -> [(&'static str, u32); 3] {
+    let size = |entries: usize| if follow { entries as u32 } else { 1 };
+    [(THREADS, size(THREAD_SLOTS)), (MORE_THREADS_MAP, size(MORE_THREADS)), (SITES_MAP, size(SITES))]
+}
+
+/// What threads in scope have waited, whether their stacks were sampled or not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WaitTotals {
+    /// Waits that ended.
+    pub ended: u64,
+    /// Nanoseconds, by `EventKind`.
+    pub waited_ns: [u64; 8],
 }
 
 /// The programs that follow waits, loaded.
@@ -37,6 +49,7 @@ pub(super) struct WaitPrograms {
     /// Program and, while attached, its link; the one that must come first comes first.
     programs: [(&'static str, Option<BtfTracePointLinkId>); 2],
     threads: MapData,
+    more_threads: MapData,
     rations: PerCpuArray<MapData, RationCell>,
     control: Array<MapData, ControlCell>,
     sites: Sites,
@@ -80,16 +93,21 @@ impl WaitPrograms {
         load(ebpf, switch, SWITCH)?;
         load(ebpf, wake, WAKE)?;
         let threads = match ebpf.take_map(THREADS) {
-            Some(aya::maps::Map::HashMap(map)) => map,
+            Some(aya::maps::Map::Array(map)) => map,
             _ => return Err(KernelError::MissingPart(THREADS)),
         };
-        let sites = match ebpf.take_map("WAIT_SITES") {
+        let more_threads = match ebpf.take_map(MORE_THREADS_MAP) {
+            Some(aya::maps::Map::HashMap(map)) => map,
+            _ => return Err(KernelError::MissingPart(MORE_THREADS_MAP)),
+        };
+        let sites = match ebpf.take_map(SITES_MAP) {
             Some(aya::maps::Map::Array(map)) => map,
-            _ => return Err(KernelError::MissingPart("WAIT_SITES")),
+            _ => return Err(KernelError::MissingPart(SITES_MAP)),
         };
         Ok(Self {
             programs: [(wake, None), (switch, None)],
             threads,
+            more_threads,
             rations: take_map(ebpf, "RATIONS")?,
             control: take_map(ebpf, "WAIT_CONTROL")?,
             sites: Sites::map(&sites)
@@ -122,13 +140,15 @@ impl WaitPrograms {
     /// Calls `thread` for every thread that is waiting; returns when the reading began.
     pub(super) fn threads(&self, mut thread: impl FnMut(u32, ThreadWait)) -> Result<u64, KernelError> {
         let now = monotonic_ns();
-        commands::read(self.threads.fd().as_fd(), size_of::<u32>(), size_of::<ThreadWait>(), |key, value| {
-            let (Ok(id), Ok(wait)) = (u32::read_from_bytes(key), ThreadWait::read_from_bytes(value)) else { return };
-            if wait.began_ns != 0 {
-                thread(id, wait);
-            }
-        })
-        .map_err(|error| KernelError::System { what: "reading the waiting threads", error })?;
+        for map in [&self.threads, &self.more_threads] {
+            commands::read(map.fd().as_fd(), size_of::<u32>(), size_of::<ThreadWait>(), |_, value| {
+                let Ok(wait) = ThreadWait::read_from_bytes(value) else { return };
+                if wait.thread != 0 && wait.began_ns != 0 {
+                    thread(wait.thread, wait);
+                }
+            })
+            .map_err(|error| KernelError::System { what: "reading the waiting threads", error })?;
+        }
         Ok(now)
     }
 
@@ -138,15 +158,16 @@ impl WaitPrograms {
         self.sites.take_dues(monotonic_ns().saturating_sub(idle), due);
     }
 
-    /// Time waited, by `EventKind`.
-    pub(super) fn waited(&self) -> Result<[u64; 8], KernelError> {
-        let mut sum = [0u64; 8];
+    /// What has been waited.
+    pub(super) fn totals(&self) -> Result<WaitTotals, KernelError> {
+        let mut totals = WaitTotals::default();
         for RationCell(ration) in self.rations.get(&0, 0)?.iter() {
-            for (sum, waited) in sum.iter_mut().zip(ration.waited_ns) {
+            totals.ended = totals.ended.saturating_add(ration.ended);
+            for (sum, waited) in totals.waited_ns.iter_mut().zip(ration.waited_ns) {
                 *sum = sum.saturating_add(waited);
             }
         }
-        Ok(sum)
+        Ok(totals)
     }
 }
 

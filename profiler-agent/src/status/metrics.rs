@@ -57,12 +57,13 @@ pub(super) fn render(stats: &Stats) -> String {
         "Time off the CPU by why the stack of the wait ends, estimated where waits are rationed.",
         stats.wait_ends().map(|(end, value)| (format!("reason=\"{}\"", end.label()), seconds(value))),
     );
-    let (waits, waited_ns) = stats.waits();
+    let (waits, totals) = stats.waits();
+    page.counter("waits_ended", "Waits (times a thread was off the CPU) that ended.", totals.ended);
     page.labelled(
         "off_cpu_seconds",
         "Time that threads were off the CPU, whether their stacks were sampled or not.",
         [EventKind::Blocked, EventKind::Uninterruptible, EventKind::RunQueue]
-            .map(|kind| (format!("state=\"{}\"", kind.label()), seconds(waited_ns[kind as usize]))),
+            .map(|kind| (format!("state=\"{}\"", kind.label()), seconds(totals.waited_ns[kind as usize]))),
     );
     page.gauge("wait_stacks", "Stacks kept for waits that are under way.", waits.stacks);
     page.gauge("wait_stack_bytes", "Estimated bytes of stacks kept for waits.", waits.bytes);

@@ -11,7 +11,7 @@ use profiler_common::abi::{
 };
 
 use crate::{
-    process::TableStats, profile::Tally, symbolize::SymbolizeStats, unwind_info::TableBuilderStats, waits::WaitStats,
+    kernel::WaitTotals, process::TableStats, profile::Tally, symbolize::SymbolizeStats, unwind_info::TableBuilderStats, waits::WaitStats,
 };
 
 /// A number that only grows.
@@ -81,7 +81,7 @@ pub struct Stats {
     pub profiles_rejected: Count,
     ends: [Count; StackEnd::ALL.len()],
     wait_ends: [Count; StackEnd::ALL.len()],
-    waits: Mutex<(WaitStats, [u64; 8])>,
+    waits: Mutex<(WaitStats, WaitTotals)>,
     kernel: Mutex<Vec<u64>>,
     table: Mutex<TableStats>,
     symbolize: Mutex<SymbolizeStats>,
@@ -116,13 +116,12 @@ impl Stats {
         StackEnd::ALL.iter().copied().zip(self.wait_ends.iter().map(Count::get))
     }
 
-    pub(crate) fn set_waits(&self, stats: WaitStats, waited_ns: [u64; 8]) {
-        *self.waits.lock().unwrap_or_else(PoisonError::into_inner) = (stats, waited_ns);
+    pub(crate) fn set_waits(&self, stats: WaitStats, totals: WaitTotals) {
+        *self.waits.lock().unwrap_or_else(PoisonError::into_inner) = (stats, totals);
     }
 
-    /// The stacks of waits that are kept, and the time that all threads in scope waited, sampled or not:
-    /// nanoseconds by `EventKind`.
-    pub fn waits(&self) -> (WaitStats, [u64; 8]) {
+    /// The stacks of waits that are kept, and what all threads in scope have waited.
+    pub fn waits(&self) -> (WaitStats, WaitTotals) {
         *self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -59,7 +59,6 @@ counters! {
     LostBuffer, "samples_lost_buffer", Lost, "Samples lost because no buffer was installed.";
     LostOverflow, "samples_lost_overflow", Lost, "Samples lost because the buffer and the overflow ring were both full or busy.";
     Overflowed, "samples_overflowed", Info, "Samples that took the overflow ring because the buffer was full or busy.";
-    WaitsEnded, "waits_ended", Info, "Waits (times a thread was off the CPU) that ended, in the recording's scope.";
     WaitsSampled, "waits_sampled", Info, "Waits whose stack was taken.";
     WaitsRationed, "waits_rationed", Info, "Waits that found the ration of stacks used up; their time is exported without a stack.";
     WaitsShort, "waits_short", Info, "Sampled waits that were shorter than the minimum duration; their time is not exported.";

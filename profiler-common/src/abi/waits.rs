@@ -6,12 +6,14 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::sample::SampleKey;
 
-/// Threads that can be remembered.
-pub const MAX_THREADS: usize = 65_536;
+/// Slots for threads, indexed by the low bits of their ID. A power of two.
+pub const THREAD_SLOTS: usize = 65_536;
+/// Threads that can be remembered whose slot is another's.
+pub const MORE_THREADS: usize = 16_384;
 /// Places of waits that can be remembered. A power of two, so that indexes can be masked.
 pub const SITES: usize = 16_384;
 
-/// A thread's last wait, keyed by thread ID.
+/// A thread's last wait. As large as a cache line, because several CPUs may use neighbouring slots.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct ThreadWait {
@@ -30,7 +32,11 @@ pub struct ThreadWait {
     /// A `StackEnd`: without a stack, the reason to charge its time to; zero: others stand for it.
     pub unsampled: u8,
     /// Zero.
-    pub reserved: [u8; 6],
+    pub reserved: [u8; 2],
+    /// The thread; zero: the slot is free.
+    pub thread: u32,
+    /// Zero.
+    pub padding: [u64; 2],
 }
 
 /// A place where threads wait, as far as their process, their user registers and the kind of wait tell.
@@ -75,6 +81,10 @@ pub struct Ration {
     pub threshold_ns: u64,
     /// What waits on this CPU lasted lately: the expectation for places that are new.
     pub typical_ns: u64,
+    /// State of a generator of random numbers.
+    pub random: u64,
+    /// Waits that ended.
+    pub ended: u64,
     /// Time that threads waited, by kind: index is the `EventKind`.
     pub waited_ns: [u64; 8],
 }
@@ -90,7 +100,7 @@ pub struct WaitControl {
 }
 
 const _: () = {
-    assert!(size_of::<ThreadWait>() == 48);
+    assert!(size_of::<ThreadWait>() == 64);
     assert!(size_of::<WaitSite>() == 56);
     assert!(SITES.is_power_of_two());
 };
