@@ -100,18 +100,22 @@ fn check(folder: &Path, version: &str, suite: &str, disk: &machine::Disk, runs: 
 
 /// Compiles the programs to record: without frame pointers, once with and once without shared libraries.
 fn workloads(workspace: &Path, folder: &Path) -> Result<Vec<PathBuf>, String> {
-    let source = workspace.join("tests/workloads/native/shapes.c");
-    let compile = |name: &str, flags: &[&str]| {
+    let sources = workspace.join("tests/workloads/native");
+    let compile = |name: &str, source: &str, flags: &[&str]| {
         let binary = folder.join(name);
         run(Command::new("gcc")
             .args(["-O2", "-fomit-frame-pointer", "-fno-optimize-sibling-calls", "-pthread"])
             // A plugin is loaded by none of the modes that are used here.
             .args(["-w", "-o"])
             .arg(&binary)
-            .arg(&source)
+            .arg(sources.join(source))
             .args(flags))
         .map(|()| binary)
     };
     // Linked statically, dlopen makes the linker warn; it is not called.
-    Ok(vec![compile("shapes", &["-static", "-Wl,--no-warnings"])?, compile("shapes-shared", &["-ldl"])?])
+    Ok(vec![
+        compile("shapes", "shapes.c", &["-static", "-Wl,--no-warnings"])?,
+        compile("shapes-shared", "shapes.c", &["-ldl"])?,
+        compile("waits", "waits.c", &["-static"])?,
+    ])
 }

@@ -1,6 +1,6 @@
 /* Threads that wait in known places, and measure for themselves how long: time passed less CPU time used.
    Prints `site NAME NANOSECONDS WAITS` for each place when it is done.
-   Usage: waits SECONDS FILE (a file of at least 16 MiB that can be read past the page cache) */
+   Usage: waits SECONDS [FILE] (a file of at least 16 MiB that can be read past the page cache) */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
@@ -131,16 +131,17 @@ static void *thread_driver(void *moved)
 
 int main(int argc, char **argv)
 {
-    if (argc != 3 || pipe(pipe_ends) || (disk = open(argv[2], O_RDONLY | O_DIRECT)) < 0)
+    int has_file = argc == 3;
+    if (argc < 2 || pipe(pipe_ends) || (has_file && (disk = open(argv[2], O_RDONLY | O_DIRECT)) < 0))
         return 2;
     deadline = now() + atof(argv[1]);
     pthread_t moved, driver, others[4];
     pthread_create(&moved, 0, thread_wait_while_moved, 0);
     pthread_create(&driver, 0, thread_driver, &moved);
     void *(*starts[])(void *) = {thread_wait_in_sleep, thread_wait_for_futex, thread_wait_for_pipe, thread_reader};
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 3 + has_file; i++)
         pthread_create(&others[i], 0, starts[i], 0);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 3 + has_file; i++)
         pthread_join(others[i], 0);
     done = 1;
     pthread_join(driver, 0);

@@ -10,6 +10,8 @@ const SECONDS: &str = "8";
 const LEARNING: [&str; 2] = ["[incomplete: table pending]", "[incomplete: unknown process]"];
 /// Samples of the first moments that are always allowed: emulated, learning takes its time.
 const LEARNING_SAMPLES: u64 = 60;
+/// How far a place's waits may be off: emulated, learning takes half a second.
+const WAIT_TOLERANCE: f64 = 0.1;
 /// Samples that make a recording worth judging.
 const ENOUGH: u64 = 100;
 /// Share of samples that has to be right, of those in user mode.
@@ -29,6 +31,8 @@ pub(super) struct Run {
     chain: Vec<String>,
     /// Whether samples in kernel mode have to reach their root as well.
     judges_kernel: bool,
+    /// Whether waits are recorded: the program says how long its own were.
+    is_waits: bool,
 }
 
 /// All recordings, in the order they are made in.
@@ -41,7 +45,9 @@ pub(super) fn runs() -> Vec<Run> {
         chain,
         // A program that only computes has too few of them.
         judges_kernel: matches!(mode, "chain S" | "signal S"),
+        is_waits: false,
     };
+    let waits = |name, flags| Run { flags, is_waits: true, ..run(name, "waits", "S", "", Vec::new()) };
     let frames = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
     let around = |middle: Vec<String>| [frames(&["main"]), middle, frames(&["spin_to_deadline", "spin"])].concat();
     let levels = around((1..=30).map(|level| format!("level_{level:02}")).collect());
@@ -56,6 +62,9 @@ pub(super) fn runs() -> Vec<Run> {
         run("signal", "shapes", "signal S", "spin", frames(&["on_signal", "in_handler", "spin"])),
         run("vdso", "shapes", "vdso S", "ask_the_vdso", frames(&["main", "ask_the_vdso"])),
         run("threads", "shapes", "threads S", "spin", in_thread),
+        waits("waits", "--event off-cpu --wait-stacks 0"),
+        waits("waits, rationed", "--event off-cpu --wait-stacks 50"),
+        waits("waits, in parts", "--event off-cpu --wait-stacks 0 --walk-in-parts"),
     ]
 }
 
@@ -74,7 +83,8 @@ pub(super) struct Row {
     user: u64,
     learning: u64,
     rooted: u64,
-    /// Rooted samples with the chain's leaf, and those of them that show the chain.
+    /// Rooted samples with the chain's leaf, and those of them that show the chain. Of waits, everything is in
+    /// milliseconds, and these are what the program says and how much of it was recorded right.
     leaves: u64,
     exact: u64,
     kernel: u64,
@@ -134,6 +144,13 @@ fn row(release: &str, console: &str, run: &Run) -> Row {
         row.complaints.push(format!("the agent ended with status {}: {last}", status.unwrap_or("unknown")));
         return row;
     }
+    if run.is_waits {
+        if !section("stderr").any(|line| line.contains(", 0.000 s lost")) {
+            row.complaints.push("time was lost".to_owned());
+        }
+        row.judge_waits(&section("stdout").collect::<Vec<_>>());
+        return row;
+    }
     match section("stderr").find_map(books) {
         Some((seen, exported, lost)) if seen == exported && lost == 0 => {}
         Some((seen, exported, lost)) => {
@@ -177,6 +194,41 @@ impl Row {
                     self.exact += if shown { count } else { 0 };
                 }
             }
+        }
+    }
+
+    /// Compares the places of waits with what the program says about them (`site NAME NANOSECONDS WAITS`).
+    fn judge_waits(&mut self, lines: &[&str]) {
+        let stacks: Vec<(Vec<&str>, u64)> = lines
+            .iter()
+            .filter_map(|line| line.rsplit_once(' '))
+            .filter(|(stack, _)| !stack.starts_with("site "))
+            .filter_map(|(stack, time)| Some((stack.split(';').collect(), time.parse().ok()?)))
+            .collect();
+        let milliseconds = |matches: &dyn Fn(&[&str]) -> bool| {
+            stacks.iter().filter(|(stack, _)| matches(stack)).map(|(_, time)| time).sum::<u64>() / 1000
+        };
+        let is_learning = |stack: &[&str]| {
+            // Main waits for its threads from the first moment to the last.
+            stack.get(1).is_some_and(|marker| LEARNING.iter().any(|learning| marker.contains(learning)))
+        };
+        self.user = milliseconds(&|_| true);
+        self.learning = milliseconds(&is_learning);
+        self.rooted = milliseconds(&|stack| !stack.get(1).is_some_and(|frame| frame.starts_with("[incomplete: ")));
+        for words in lines.iter().filter_map(|line| line.strip_prefix("site ")).map(|line| line.split(' ')) {
+            let words: Vec<&str> = words.collect();
+            let [site, own, _] = words[..] else { continue };
+            let own = own.parse().unwrap_or(0) / 1_000_000;
+            let ours = milliseconds(&|stack| stack.contains(&site));
+            self.leaves += own;
+            self.exact += own.saturating_sub(own.abs_diff(ours));
+            if own.abs_diff(ours) as f64 > WAIT_TOLERANCE * own as f64 {
+                self.complaints.push(format!("{ours} ms recorded in {site} instead of {own}"));
+            }
+        }
+        let known = self.user - self.learning;
+        if self.leaves == 0 || (self.rooted as f64) < USER_SHARE * known as f64 {
+            self.complaints.push(format!("{} of {known} ms reach their root", self.rooted));
         }
     }
 
@@ -239,6 +291,7 @@ mod tests {
             leaf: "work",
             chain: vec!["main".to_owned(), "work".to_owned()],
             judges_kernel: true,
+            is_waits: false,
         };
         let console = format!(
             "early\n{MARK}release 1.2\n{MARK}run it\n{MARK}status {status}\n{MARK}stderr\n{stderr}\n{MARK}stdout\n{stdout}\n\
