@@ -12,13 +12,7 @@ use profiler_common::{
     unwind::pt_regs,
 };
 
-use crate::{
-    aggregate::mix,
-    layout::loaded,
-    lifecycle,
-    memory::kernel,
-    unwind::Scratch,
-};
+use crate::{aggregate::mix, layout::loaded, lifecycle, memory::kernel, unwind::Scratch};
 
 /// Task flag (`include/linux/sched.h`): the thread is exiting.
 const PF_EXITING: u32 = 0x4;

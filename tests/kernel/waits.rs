@@ -140,7 +140,9 @@ fn both_kinds_of_time_together() {
     let folder = scratch("both");
     let burner = workload("burner");
     let script = format!("{} 1 2 & sleep 2; wait", burner.display());
-    for (format, name) in [("folded", "both.folded"), ("pprof", "both.pb.gz"), ("svg", "both.svg"), ("otlp", "both.otlp")] {
+    for (format, name) in
+        [("folded", "both.folded"), ("pprof", "both.pb.gz"), ("svg", "both.svg"), ("otlp", "both.otlp")]
+    {
         let output = folder.join(name).to_string_lossy().into_owned();
         let arguments = ["--event", "both", "--format", format, "--output", &output, "--", "sh", "-c", &script];
         let outcome = run(&mut record(&arguments));
@@ -158,7 +160,8 @@ fn both_kinds_of_time_together() {
         / 1e6;
     println!("{burned:.3} s burned, {queued:.3} s waiting for a CPU, {slept:.3} s slept");
     assert!((1.9..=2.1).contains(&(burned + queued)) && (1.95..=2.05).contains(&slept));
-    let top = run(Command::new("go").args(["tool", "pprof", "-sample_index=offcpu", "-top"]).arg(folder.join("both.pb.gz")));
+    let top =
+        run(Command::new("go").args(["tool", "pprof", "-sample_index=offcpu", "-top"]).arg(folder.join("both.pb.gz")));
     assert!(stdout(&top).contains("Type: offcpu") && stdout(&top).contains("do_nanosleep"), "{}", stdout(&top));
     let svg = fs::read_to_string(folder.join("both.svg")).expect("a drawing");
     assert!(svg.contains("[off-cpu]") && svg.contains("[on-cpu]") && svg.contains("off the CPU"));
@@ -173,9 +176,8 @@ fn a_crowd_of_threads_is_followed() {
     let binary = native(Native::Waits);
     let file = scratch("waits-crowd").join("data");
     fs::write(&file, vec![7; 16 << 20]).expect("a file to read");
-    let mut others: Vec<Background> = (0..100)
-        .map(|_| Background::start(Command::new(&binary).arg("100").arg(&file)))
-        .collect();
+    let mut others: Vec<Background> =
+        (0..100).map(|_| Background::start(Command::new(&binary).arg("100").arg(&file))).collect();
     let outcome = run(Command::new(agent()).args(["record", "--event", "both", "--duration", "10s", "--output", "-"]));
     for other in &mut others {
         other.signal(Signal::SIGKILL);

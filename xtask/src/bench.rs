@@ -1,7 +1,9 @@
-//! `cargo xtask bench`: what profiling costs, on a fixed set of programs.
+//! `cargo xtask bench [programs|waits]`: what profiling costs, on a fixed set of programs.
 //!
 //! The daemon runs as users run it, with a receiver; each program runs on every CPU. What the kernel programs cost
 //! comes from the kernel's own run-time statistics, the rest from the daemon's metrics and from `/proc`.
+
+mod waits;
 
 use std::{
     collections::BTreeMap,
@@ -49,9 +51,11 @@ struct Measured {
 }
 
 pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
-    if let Some(unknown) = arguments.first() {
-        return Err(format!("bench takes no argument {unknown:?}"));
-    }
+    let only = match arguments {
+        [] => None,
+        [part] if part == "programs" || part == "waits" => Some(part.as_str()),
+        _ => return Err("bench takes one argument at most: programs or waits".to_owned()),
+    };
     if !is_root() {
         return Err("the daemon needs root: run this command as root".to_owned());
     }
@@ -59,6 +63,18 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
     setup::for_tests(workspace)?;
     run(cargo(workspace).args(["build", "--release", "--package", "profiler-agent"]))?;
     run(cargo(workspace).args(["build", "--release", "--package", "profiler-tests", "--bins"]))?;
+    println!("\n{}", machine());
+    if only != Some("waits") {
+        programs(workspace)?;
+    }
+    if only != Some("programs") {
+        waits::measure(workspace)?;
+    }
+    Ok(())
+}
+
+/// Measures the set of programs under the daemon.
+fn programs(workspace: &Path) -> Outcome {
     let workloads = workloads(workspace)?;
     let before = fs::read_to_string(BPF_STATISTICS).unwrap_or_default();
     write(BPF_STATISTICS, "1")?;
@@ -168,22 +184,9 @@ impl Daemon {
         number(status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default())
     }
 
-    /// Fields of every BPF program and map that the daemon holds.
-    fn bpf(&self) -> Vec<BTreeMap<String, String>> {
-        let descriptors = fs::read_dir(self.proc("fdinfo")).into_iter().flatten().flatten();
-        descriptors
-            .filter_map(|descriptor| fs::read_to_string(descriptor.path()).ok())
-            .map(|text| {
-                let fields = text.lines().filter_map(|line| line.split_once(':'));
-                fields.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect::<BTreeMap<_, _>>()
-            })
-            .filter(|fields| fields.contains_key("prog_id") || fields.contains_key("map_id"))
-            .collect()
-    }
-
     /// Run time in nanoseconds and number of runs of the sampling program (`BPF_PROG_TYPE_PERF_EVENT` is 7).
     fn sampling(&self) -> (u64, u64) {
-        let programs = self.bpf();
+        let programs = bpf_objects(self.agent.id());
         let of = |fields: &BTreeMap<String, String>, name: &str| fields.get(name).map_or(0, |value| number(value));
         programs
             .iter()
@@ -194,10 +197,23 @@ impl Daemon {
     }
 }
 
+/// Fields of every BPF program and map that a process holds.
+fn bpf_objects(process: u32) -> Vec<BTreeMap<String, String>> {
+    let descriptors = fs::read_dir(format!("/proc/{process}/fdinfo")).into_iter().flatten().flatten();
+    descriptors
+        .filter_map(|descriptor| fs::read_to_string(descriptor.path()).ok())
+        .map(|text| {
+            let fields = text.lines().filter_map(|line| line.split_once(':'));
+            fields.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect::<BTreeMap<_, _>>()
+        })
+        .filter(|fields| fields.contains_key("prog_id") || fields.contains_key("map_id"))
+        .collect()
+}
+
 fn measure(workspace: &Path, workloads: &[Workload]) -> Outcome {
     let daemon = Daemon::start(workspace)?;
     let idle_resident = daemon.status_kib("VmRSS:");
-    println!("\n{}\n", machine());
+    println!();
     println!(
         "| program on every CPU | samples | kernel program, µs a sample | agent, % of one CPU | resident, MiB | rooted, % | other ends |"
     );
@@ -283,7 +299,7 @@ fn summary(daemon: &Daemon, results: &[(Option<u64>, Measured)], idle_resident: 
     println!("| different unwind rules | {} |", value("unwind_rules"));
     println!("| resident before the first program, MiB | {:.1} |", idle_resident as f64 / 1024.0);
     println!("| resident at most, MiB | {:.1} |", daemon.status_kib("VmHWM:") as f64 / 1024.0);
-    let objects = daemon.bpf();
+    let objects = bpf_objects(daemon.agent.id());
     let memory = |key: &str| -> u64 {
         let of_kind = objects.iter().filter(|fields| fields.contains_key(key));
         of_kind.filter_map(|fields| fields.get("memlock")).map(|bytes| number(bytes)).sum()

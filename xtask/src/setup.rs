@@ -136,7 +136,7 @@ fn update_package_lists() {
     }
 }
 
-fn install_packages(packages: &[&str]) -> Outcome {
+pub(crate) fn install_packages(packages: &[&str]) -> Outcome {
     let command = format!("apt-get install --no-install-recommends {}", packages.join(" "));
     if find("apt-get").is_none() {
         return Err(format!("missing: {}; on Debian or Ubuntu, `{command}` installs it", packages.join(", ")));

@@ -95,6 +95,12 @@ impl Window {
         // The heaviest first; what weighs the same in a stable order.
         let weight = |sample: &Sample| (sample.kind, Reverse((sample.time_ns, sample.count)));
         samples.sort_by(|a, b| weight(a).cmp(&weight(b)).then_with(|| a.process.key.cmp(&b.process.key)));
-        Profile { events: self.events, start, duration: self.opened.duration_since(opened), period: self.period, samples }
+        Profile {
+            events: self.events,
+            start,
+            duration: self.opened.duration_since(opened),
+            period: self.period,
+            samples,
+        }
     }
 }

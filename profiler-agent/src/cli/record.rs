@@ -266,7 +266,11 @@ fn start_sampling(recording: &Recording, logging: Logging) -> anyhow::Result<(Ke
         frequency: recording.frequency,
         waits: recording.waits,
         targets_only: limited,
-        rows: BufferRows::for_rate(cpus, rows_per_second(recording.events, recording.frequency), DRAIN_INTERVAL.as_secs()),
+        rows: BufferRows::for_rate(
+            cpus,
+            rows_per_second(recording.events, recording.frequency),
+            DRAIN_INTERVAL.as_secs(),
+        ),
         debug_log: logging.kernel_debug,
         walk_in_parts: recording.walk_in_parts,
     })?;

@@ -79,8 +79,8 @@ pub(crate) mod testing {
     };
 
     use crate::profile::{
-        Events, Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, ProcessInfo, Profile, Sample, Segment,
-        VirtualAddress,
+        Events, Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, ProcessInfo, Profile, Sample,
+        Segment, VirtualAddress,
     };
 
     /// Two threads share a whole stack; a third has one that is cut off.

@@ -114,12 +114,7 @@ const FIRST_BATCH: usize = 256;
 /// Reads a hash map: calls `row` with every key and value. Rows that are added or removed meanwhile may be missed.
 ///
 /// `key_size` and `value_size` must be those of the map.
-pub fn read(
-    map: BorrowedFd<'_>,
-    key_size: usize,
-    value_size: usize,
-    row: impl FnMut(&[u8], &[u8]),
-) -> io::Result<()> {
+pub fn read(map: BorrowedFd<'_>, key_size: usize, value_size: usize, row: impl FnMut(&[u8], &[u8])) -> io::Result<()> {
     in_batches(LOOKUP_BATCH, map, key_size, value_size, row)
 }
 
@@ -127,12 +122,7 @@ pub fn read(
 ///
 /// `key_size` and `value_size` must be those of the map. On error, rows already passed on were deleted and
 /// the rest are still in the map.
-pub fn drain(
-    map: BorrowedFd<'_>,
-    key_size: usize,
-    value_size: usize,
-    row: impl FnMut(&[u8], &[u8]),
-) -> io::Result<()> {
+pub fn drain(map: BorrowedFd<'_>, key_size: usize, value_size: usize, row: impl FnMut(&[u8], &[u8])) -> io::Result<()> {
     in_batches(LOOKUP_AND_DELETE_BATCH, map, key_size, value_size, row)
 }
 

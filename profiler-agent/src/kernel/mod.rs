@@ -36,6 +36,7 @@ use zerocopy::IntoBytes as _;
 use crate::profile::Events;
 
 use self::buffers::DoubleBuffer;
+use self::waits::WaitPrograms;
 pub use self::{
     btf::BtfError,
     buffers::BufferRows,
@@ -47,7 +48,6 @@ pub use self::{
     tables::{KernelMappings, KernelTables},
     waits::WaitTotals,
 };
-use self::waits::WaitPrograms;
 
 /// The kernel programs, built from `profiler-ebpf` by the build script.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PROFILER_EBPF_OBJECT"));

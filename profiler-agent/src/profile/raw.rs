@@ -72,11 +72,8 @@ impl RawSample {
         let truncated = DecodeError::Truncated { len: bytes.len() };
         let Ok((header, frames)) = SampleHeader::read_from_prefix(bytes) else { return Err(truncated) };
         let is_reference = header.is_reference != 0;
-        let (kernel_len, user_len) = if is_reference {
-            (0, 0)
-        } else {
-            (usize::from(header.kernel_frames), usize::from(header.user_frames))
-        };
+        let (kernel_len, user_len) =
+            if is_reference { (0, 0) } else { (usize::from(header.kernel_frames), usize::from(header.user_frames)) };
         let mut words = frames.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap_or_default()));
         if words.len() < kernel_len + user_len {
             return Err(truncated);

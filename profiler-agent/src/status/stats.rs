@@ -11,7 +11,8 @@ use profiler_common::abi::{
 };
 
 use crate::{
-    kernel::WaitTotals, process::TableStats, profile::Tally, symbolize::SymbolizeStats, unwind_info::TableBuilderStats, waits::WaitStats,
+    kernel::WaitTotals, process::TableStats, profile::Tally, symbolize::SymbolizeStats, unwind_info::TableBuilderStats,
+    waits::WaitStats,
 };
 
 /// A number that only grows.

@@ -330,13 +330,8 @@ mod tests {
     }
 
     fn waiting(began_ns: u64, hash: u64) -> HashMap<u32, ThreadWait> {
-        let wait = ThreadWait {
-            began_ns,
-            key: key(hash),
-            weight: 1,
-            kind: EventKind::Blocked as u8,
-            ..ThreadWait::default()
-        };
+        let wait =
+            ThreadWait { began_ns, key: key(hash), weight: 1, kind: EventKind::Blocked as u8, ..ThreadWait::default() };
         HashMap::from([(9, wait)])
     }
 

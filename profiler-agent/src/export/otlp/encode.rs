@@ -33,7 +33,11 @@ pub fn requests(profile: &Profile) -> impl Iterator<Item = (Tally, ExportProfile
 }
 
 /// Halves what is too large; one sample alone is sent whatever its size.
-fn encode_within_limit(profile: &Profile, samples: &[Sample], requests: &mut Vec<(Tally, ExportProfilesServiceRequest)>) {
+fn encode_within_limit(
+    profile: &Profile,
+    samples: &[Sample],
+    requests: &mut Vec<(Tally, ExportProfilesServiceRequest)>,
+) {
     let request = request(profile, samples);
     if samples.len() > 1 && request.encoded_len() > MAX_REQUEST_BYTES {
         let (first, second) = samples.split_at(samples.len() / 2);
