@@ -14,19 +14,22 @@ use crate::{
 const BPF_LINKER: &str = "0.13.0";
 /// Package pairs that bring a rustc with precompiled `core` for BPF, the best first.
 const RUSTC_PACKAGES: &[(&str, &str)] = &[("rustc-web", "libstd-rust-web-dev-bpf"), ("rustc", "libstd-rust-dev-bpf")];
-/// Programs the tests use, and the packages that bring them.
-const TEST_PROGRAMS: &[(&str, &str)] = &[
-    ("gcc", "gcc"),
-    ("g++", "g++"),
-    ("musl-gcc", "musl-tools"),
-    ("qemu-system-x86_64", "qemu-system-x86"),
-    ("busybox", "busybox-static"),
-    ("node", "nodejs"),
-    ("python3", "python3"),
-    ("go", "golang-go"),
-    ("setpriv", "util-linux"),
-    ("script", "bsdutils"),
-    ("pgrep", "procps"),
+/// Programs the tests use, and the packages that bring them on one system or another.
+const TEST_PROGRAMS: &[(&str, &[&str])] = &[
+    ("gcc", &["gcc"]),
+    ("g++", &["g++"]),
+    ("musl-gcc", &["musl-tools"]),
+    ("qemu-system-x86_64", &["qemu-system-x86"]),
+    ("busybox", &["busybox-static"]),
+    ("node", &["nodejs"]),
+    ("java", &["default-jre-headless"]),
+    ("python3", &["python3"]),
+    ("go", &["golang-go"]),
+    ("perf", &["linux-perf", "linux-tools-generic"]),
+    ("xz", &["xz-utils"]),
+    ("setpriv", &["util-linux"]),
+    ("script", &["bsdutils"]),
+    ("pgrep", &["procps"]),
 ];
 
 pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
@@ -58,10 +61,14 @@ pub(crate) fn for_build(workspace: &Path) -> Outcome {
 
 /// What the tests need besides: compilers, runtimes to profile, Python with the OTLP types, Go's pprof, VMs.
 pub(crate) fn for_tests(workspace: &Path) -> Outcome {
-    let missing: Vec<&str> =
-        TEST_PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
+    let missing: Vec<&[&str]> =
+        TEST_PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, packages)| *packages).collect();
     if !missing.is_empty() {
-        install_packages(&missing)?;
+        update_package_lists();
+        let first = |packages: &[&'static str]| {
+            packages.iter().copied().find(|package| is_available(package)).or(packages.first().copied())
+        };
+        install_packages(&missing.into_iter().filter_map(first).collect::<Vec<_>>())?;
     }
     for (tool, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
         if output(cargo(workspace).args([tool, "--version"])).is_none() {
