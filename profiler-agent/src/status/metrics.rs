@@ -99,9 +99,9 @@ pub(super) fn render(stats: &Stats) -> String {
     page.counter("unwind_tables_over_budget", "Unwind tables that found no room.", tables.store.over_budget);
     page.sample(
         "unwind_table_build_seconds_total",
-        "Time spent building unwind tables.",
+        "CPU time spent on unwind tables: reading files, building them, writing them to the kernel's maps.",
         "counter",
-        tables.build_time_ns as f64 / 1e9,
+        tables.build_time.as_secs_f64(),
     );
     page.counter("mappings_announced", "New mappings of known processes.", table.mappings_announced);
     page.counter("mappings_lost", "Announcements of new mappings that found their ring full.", stats.mappings_lost());

@@ -16,9 +16,10 @@ use std::{
     io,
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
+use nix::time::{ClockId, clock_gettime};
 use tracing::{debug, warn};
 
 pub use self::store::{StoreStats, TableMaps};
@@ -51,8 +52,8 @@ pub struct TableBuilderStats {
     pub shared: u64,
     /// Executables that say nothing about their frames.
     pub empty: u64,
-    /// Time spent building, nanoseconds.
-    pub build_time_ns: u64,
+    /// CPU time spent on it: reading files, building tables, writing them to the maps.
+    pub build_time: Duration,
     /// Different rules.
     pub rules: usize,
 }
@@ -175,7 +176,21 @@ impl<M: TableMaps> Worker<M> {
         self.store.look()?;
         self.store.prepare()?;
         let Some(executable) = wanted else { return Ok(()) };
-        let started = Instant::now();
+        let (time_before, rows_before) = (cpu_time(), self.stats.rows_built);
+        let outcome = self.provide(executable);
+        let time = cpu_time().saturating_sub(time_before);
+        self.stats.build_time += time;
+        debug!(
+            "unwind table of {}: {} rows built in {:.1} ms of CPU time",
+            executable.path,
+            self.stats.rows_built - rows_before,
+            time.as_secs_f64() * 1e3
+        );
+        outcome
+    }
+
+    /// Puts a table in place for an executable, or notes why there is none.
+    fn provide(&mut self, executable: &Executable) -> io::Result<()> {
         let Some(source) = Source::read(executable) else {
             self.stats.empty += 1;
             return self.store.set_none(executable.table);
@@ -186,7 +201,6 @@ impl<M: TableMaps> Worker<M> {
             return Ok(());
         }
         let built = source.build(&mut self.rules, self.store.max_rows());
-        self.stats.build_time_ns += u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         match built {
             Ok(Some(Built { table, is_guessed })) => {
                 // What was guessed depends on code that is not in the fingerprint: it is not shared.
@@ -194,13 +208,6 @@ impl<M: TableMaps> Worker<M> {
                 let fingerprint = fingerprint ^ unique.wrapping_mul(UNIQUE);
                 self.stats.built += 1;
                 self.stats.rows_built += table.rows.len() as u64;
-                debug!(
-                    "unwind table of {}: {} rows in {} pages, {:?}",
-                    executable.path,
-                    table.rows.len(),
-                    table.page_ends.len(),
-                    started.elapsed()
-                );
                 let placed = self.store.insert(fingerprint, executable.table, &table, self.rules.all());
                 if table.rows.len() >= LARGE {
                     drop(table);
@@ -218,4 +225,9 @@ impl<M: TableMaps> Worker<M> {
             }
         }
     }
+}
+
+/// CPU time of this thread.
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }
