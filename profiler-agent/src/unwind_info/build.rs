@@ -164,19 +164,19 @@ impl Source {
         let mut eh_frame = dwarf::eh_frame(&eh_bytes, eh_address, self.text);
         let mut debug_frame = dwarf::debug_frame(&debug_bytes);
         let mut ranges: Vec<(Function, Origin)> = Vec::new();
-        let mut add = |origin: Origin, functions: Vec<Function>| {
-            let is_code = |function: &Function| {
-                let after = self.code.partition_point(|&(start, ..)| start <= function.start);
-                let piece = after.checked_sub(1).and_then(|index| self.code.get(index));
-                piece.is_some_and(|&(_, end, _)| function.end <= end)
-            };
-            ranges.extend(functions.into_iter().filter(is_code).map(|function| (function, origin)));
+        let mut add = |origin: Origin, function: Function| {
+            let after = self.code.partition_point(|&(start, ..)| start <= function.start);
+            let piece = after.checked_sub(1).and_then(|index| self.code.get(index));
+            if piece.is_some_and(|&(_, end, _)| function.end <= end) {
+                ranges.push((function, origin));
+            }
         };
-        add(Origin::EhFrame, eh_frame.functions());
-        add(Origin::DebugFrame, debug_frame.functions());
-        add(Origin::Go, self.go.as_mut().map(GoTable::functions).unwrap_or_default());
-        let linkage = self.linkage.iter().enumerate();
-        add(Origin::Linkage, linkage.map(|(entry, &(start, end, _))| Function { start, end, entry }).collect());
+        eh_frame.functions(|function| add(Origin::EhFrame, function));
+        debug_frame.functions(|function| add(Origin::DebugFrame, function));
+        self.go.iter().flat_map(GoTable::functions).for_each(|function| add(Origin::Go, function));
+        for (entry, &(start, end, _)) in self.linkage.iter().enumerate() {
+            add(Origin::Linkage, Function { start, end, entry });
+        }
         ranges.sort_unstable_by_key(|&(function, origin)| (function.start, origin, function.end));
         let guessed = self.guess(&ranges);
         let is_guessed = !guessed.is_empty();

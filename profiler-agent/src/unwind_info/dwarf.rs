@@ -62,10 +62,10 @@ where
         Self { section, bases, common: HashMap::new(), context: UnwindContext::new(), work: 0 }
     }
 
-    /// Every function that has an entry, in the order of the section. Ends early where the section does not
-    /// parse.
-    pub(super) fn functions(&mut self) -> Vec<Function> {
-        let mut functions = Vec::new();
+    /// Calls `function` with every function that has an entry, in the order of the section. Ends early where the
+    /// section does not parse.
+    pub(super) fn functions(&mut self, mut function: impl FnMut(Function)) {
+        let mut left = MAX_FUNCTIONS;
         let mut entries = self.section.entries(&self.bases);
         while let Ok(Some(entry)) = entries.next() {
             let CieOrFde::Fde(partial) = entry else { continue };
@@ -74,11 +74,11 @@ where
                 continue;
             };
             let (start, end) = (entry.initial_address(), entry.end_address());
-            if start < end && functions.len() < MAX_FUNCTIONS {
-                functions.push(Function { start, end, entry: entry.offset() });
+            if start < end && left > 0 {
+                left -= 1;
+                function(Function { start, end, entry: entry.offset() });
             }
         }
-        functions
     }
 
     /// Calls `row` with the start and rule of every row of a function, in order.

@@ -165,7 +165,7 @@ impl GoTable {
     }
 
     /// Every function, in the order of the table. `entry` is the place of its record.
-    pub(super) fn functions(&mut self) -> Vec<Function> {
+    pub(super) fn functions(&self) -> impl Iterator<Item = Function> {
         (0..self.count)
             .map_while(|index| {
                 let (start, entry) = self.entry(index)?;
@@ -173,7 +173,6 @@ impl GoTable {
                 Some(Function { start, end, entry })
             })
             .filter(|function| function.start < function.end)
-            .collect()
     }
 
     /// Calls `row` with the start and rule of every row of a function, in order.
