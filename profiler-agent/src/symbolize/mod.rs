@@ -25,11 +25,16 @@ use blazesym::{
 };
 use tracing::debug;
 
-use self::cache::{FrameCache, FrameKey};
+use self::{
+    cache::{FrameCache, FrameKey},
+    resident::FilePages,
+};
 use crate::profile::{Executable, Frame, FrameName, FrameType, LocatedSample, Location};
 
 /// Files whose symbol tables blazesym may keep; the least recently used one goes first.
 const MAX_FILES: usize = 32;
+/// Look-ups after which the memory they took is looked at. Each may touch 64 KiB of names.
+const LOOK_UPS: usize = 32;
 /// Names of loaded kernel modules and their addresses: kernel symbols are read again when it changes.
 const MODULES: &str = "/proc/modules";
 
@@ -58,6 +63,7 @@ pub struct FrameNamer {
     cache: FrameCache,
     /// Files whose symbols blazesym holds, least recently used first.
     files: VecDeque<HeldFile>,
+    file_pages: FilePages,
     /// What [`MODULES`] said when kernel symbols were read.
     modules: Vec<u8>,
     stats: SymbolizeStats,
@@ -70,6 +76,7 @@ impl FrameNamer {
             symbolizer: new_symbolizer(),
             cache: FrameCache::new(budget),
             files: VecDeque::new(),
+            file_pages: FilePages::new(),
             modules: std::fs::read(MODULES).unwrap_or_default(),
             stats: SymbolizeStats::default(),
         }
@@ -114,7 +121,7 @@ impl FrameNamer {
             self.resolve_file(&executable, &offsets.into_iter().collect::<Vec<_>>());
         }
         if reads_files {
-            resident::release_file_pages();
+            self.file_pages.release();
         }
     }
 
@@ -136,7 +143,13 @@ impl FrameNamer {
                 self.hold(&path, executable);
                 let mut elf = Elf::new(path);
                 elf.debug_syms = false;
-                names_of(self.symbolizer.symbolize(&Source::Elf(elf), Input::FileOffset(offsets)), offsets.len())
+                let source = Source::Elf(elf);
+                let mut names = Vec::with_capacity(offsets.len());
+                for part in offsets.chunks(LOOK_UPS) {
+                    names.extend(names_of(self.symbolizer.symbolize(&source, Input::FileOffset(part)), part.len()));
+                    self.file_pages.limit();
+                }
+                names
             }
             _ => vec![FrameName::Unnamed; offsets.len()],
         };

@@ -7,9 +7,43 @@ use std::{fs, path::Path};
 
 use tracing::debug;
 
+/// Pages of files that may become resident before they are given back: 4 MiB.
+const MAX_PAGES: u64 = 1 << 10;
+
+/// What of this process's resident memory is pages of files.
+pub(super) struct FilePages {
+    /// After they were given back last: mostly the agent's own code.
+    kept: u64,
+}
+
+impl FilePages {
+    pub(super) fn new() -> Self {
+        Self { kept: resident_file_pages() }
+    }
+
+    /// Gives them back if there are many.
+    pub(super) fn limit(&mut self) {
+        if resident_file_pages().saturating_sub(self.kept) > MAX_PAGES {
+            self.release();
+        }
+    }
+
+    /// Gives them back.
+    pub(super) fn release(&mut self) {
+        release_file_pages();
+        self.kept = resident_file_pages();
+    }
+}
+
+/// The third field of `/proc/self/statm`.
+fn resident_file_pages() -> u64 {
+    let statm = fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    statm.split_ascii_whitespace().nth(2).and_then(|pages| pages.parse().ok()).unwrap_or_default()
+}
+
 /// Drops this process's resident pages of every file that is mapped shared and read-only. Reading them again
 /// is a minor fault as long as the page cache has them.
-pub(super) fn release_file_pages() {
+fn release_file_pages() {
     let maps = match fs::read_to_string("/proc/self/maps") {
         Ok(maps) => maps,
         Err(error) => {
