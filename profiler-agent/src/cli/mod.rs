@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use self::logging::LogOptions;
+use crate::kernel::share_free_memory;
 
 /// More descriptors than the agent ever holds.
 const MAX_DESCRIPTORS: u64 = 16_384;
@@ -44,6 +45,7 @@ enum Command {
 
 /// Runs the command line's command. Errors are one sentence on standard error.
 pub fn main() -> ExitCode {
+    share_free_memory();
     let arguments = Arguments::parse();
     let logging = arguments.log.start();
     raise_file_limit();
