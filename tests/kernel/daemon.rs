@@ -24,7 +24,7 @@ fn daemon(endpoint: u16, status: u16, more: &[&str]) -> Background {
     )
 }
 
-/// A receiver with types of its own finds every request valid, and its samples add up to what the kernel saw.
+/// A receiver with types of its own finds every request valid, and its samples and waits add up to what was recorded.
 #[test]
 fn an_independent_receiver_gets_everything() {
     if !kernel_is_usable() {
@@ -37,7 +37,7 @@ fn an_independent_receiver_gets_everything() {
             .arg(otlp.to_string()),
     );
     receiver.wait_for_line("listening");
-    let agent = daemon(otlp, status, &["--window", "3s"]);
+    let agent = daemon(otlp, status, &["--window", "3s", "--event", "both"]);
     let load = Background::start(Command::new(workload("burner")).args(["2", "10"]));
     let _ = load.finish();
     eventually("exports", Duration::from_secs(15), || {
@@ -46,7 +46,7 @@ fn an_independent_receiver_gets_everything() {
     agent.signal(Signal::SIGTERM);
     let agent = agent.finish();
     assert!(agent.status.success(), "{}", stderr(&agent));
-    let last = stderr(&agent).lines().last().unwrap_or_default().to_owned();
+    let last: String = stderr(&agent).lines().rev().take(2).collect::<Vec<_>>().into_iter().rev().collect();
     println!("{last}");
     receiver.signal(Signal::SIGTERM);
     let report = stdout(&receiver.finish());
@@ -60,7 +60,12 @@ fn an_independent_receiver_gets_everything() {
     assert_eq!(number(&last, "seen "), Some(received), "{last}");
     assert_eq!(number(&last, "exported "), Some(received), "{last}");
     assert_eq!((number(&last, "lost in kernel "), number(&last, "dropped ")), (Some(0), Some(0)), "{last}");
-    for expected in ["\"burner\"", "\"burn\"", "\"native\"", "\"kernel\""] {
+    let seconds = |before: &str| -> Option<f64> { last.split(before).nth(1)?.split(' ').next()?.parse().ok() };
+    let waited = number(&report, "\"off_cpu_ms\": ").expect("a time") as f64 / 1e3;
+    let exported = seconds("off the CPU: exported ").expect("a time");
+    // The sleepers of a machine alone wait for longer than it runs.
+    assert!(waited > 10.0 && (waited - exported).abs() < 0.1, "{waited} s received: {last}");
+    for expected in ["\"burner\"", "\"burn\"", "\"schedule\"", "\"native\"", "\"kernel\""] {
         assert!(report.contains(expected), "the report does not mention {expected}: {report}");
     }
     assert!(number(&report, "\"build_ids\": ").is_some_and(|count| count > 0), "{report}");

@@ -29,6 +29,7 @@ class Findings:
         self.lock = threading.Lock()
         self.requests = 0
         self.samples = 0
+        self.off_cpu_ns = 0
         self.violations = []
         self.services = collections.Counter()
         self.functions = collections.Counter()
@@ -86,14 +87,19 @@ class Findings:
             self.check_index("unit", value_type.unit_strindex, d.string_table)
             return d.string_table[value_type.type_strindex] + "/" + d.string_table[value_type.unit_strindex]
 
-        if name(profile.sample_type) != "samples/count" or name(profile.period_type) != "cpu/nanoseconds":
-            self.violation(f"unexpected types {name(profile.sample_type)} {name(profile.period_type)}")
-        if profile.period <= 0 or profile.time_unix_nano == 0 or profile.duration_nano == 0:
-            self.violation("period, time or duration is missing")
+        types = name(profile.sample_type), name(profile.period_type), profile.period > 0
+        is_off_cpu = types == ("off_cpu/nanoseconds", "/", False)
+        if not is_off_cpu and types != ("samples/count", "cpu/nanoseconds", True):
+            self.violation(f"unexpected types {types}")
+        if profile.time_unix_nano == 0 or profile.duration_nano == 0:
+            self.violation("time or duration is missing")
         for sample in profile.samples:
             if len(sample.values) != 1 or sample.values[0] <= 0 or sample.timestamps_unix_nano:
                 self.violation("a sample has not exactly one aggregated value")
-            self.samples += sum(sample.values)
+            if is_off_cpu:
+                self.off_cpu_ns += sum(sample.values)
+            else:
+                self.samples += sum(sample.values)
             self.check_index("sample.link", sample.link_index, d.link_table)
             for a in sample.attribute_indices:
                 self.check_index("sample.attribute", a, d.attribute_table)
@@ -129,6 +135,7 @@ class Findings:
             return json.dumps({
                 "requests": self.requests,
                 "samples": self.samples,
+                "off_cpu_ms": self.off_cpu_ns // 1_000_000,
                 "violations": self.violations,
                 "services": dict(self.services),
                 "functions": [name for name, _ in self.functions.most_common(200)],

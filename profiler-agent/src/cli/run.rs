@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Du
 
 use anyhow::Context as _;
 use clap::Args;
+use profiler_common::abi::counter::Counter;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
@@ -177,11 +178,19 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
     status.abort();
     info!(
         "stopped: seen {}, exported {}, lost in kernel {}, dropped {}",
-        stats.kernel(profiler_common::abi::counter::Counter::Seen),
+        stats.kernel(Counter::Seen),
         stats.exported.get().samples,
         stats.lost_in_kernel(),
         stats.dropped_in_all().samples,
     );
+    if config.events.includes_off_cpu() {
+        info!(
+            "off the CPU: exported {:.3} s, lost in kernel {:.3} s, dropped {:.3} s",
+            stats.exported.get().off_cpu().as_secs_f64(),
+            Duration::from_nanos(stats.kernel(Counter::WaitsLostNs)).as_secs_f64(),
+            stats.dropped_in_all().off_cpu().as_secs_f64(),
+        );
+    }
     outcome.map(|()| ExitCode::SUCCESS)
 }
 

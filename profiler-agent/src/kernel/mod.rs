@@ -302,7 +302,7 @@ impl Kernel {
         self.waits.as_ref().map(|waits| waits.threads(thread)).transpose()
     }
 
-    /// Takes what places of waits are due (or owe) that were not used in the last `idle`, and frees them.
+    /// Takes what places of waits are due (or owe), and frees those that were not used in the last `idle`.
     pub fn take_wait_dues(&self, idle: Duration, due: impl FnMut(WaitSite)) {
         if let Some(waits) = &self.waits {
             waits.take_dues(idle, due);

@@ -152,7 +152,7 @@ impl WaitPrograms {
         Ok(now)
     }
 
-    /// Takes what places are due (or owe) that were not used in the last `idle`, and frees them.
+    /// Takes what places are due (or owe), and frees those that were not used in the last `idle`.
     pub(super) fn take_dues(&self, idle: Duration, due: impl FnMut(WaitSite)) {
         let idle = u64::try_from(idle.as_nanos()).unwrap_or(u64::MAX);
         self.sites.take_dues(monotonic_ns().saturating_sub(idle), due);
@@ -198,7 +198,7 @@ impl Sites {
         }
     }
 
-    /// Calls `due` for each place that was last used before `before_ns`.
+    /// Calls `due` for each place that is due something; frees those that were last used before `before_ns`.
     fn take_dues(&self, before_ns: u64, mut due: impl FnMut(WaitSite)) {
         for index in 0..SITES {
             // SAFETY: the mapping holds SITES values, aligned to eight bytes each, and lives as long as `self`. Programs
@@ -216,14 +216,16 @@ impl Sites {
                 )
             };
             let owner = tag.load(Relaxed);
-            if owner == 0 || used.load(Relaxed) > before_ns {
+            if owner == 0 {
                 continue;
             }
             let tgid = tgid.load(Relaxed);
             let key = SampleKey { hash: hash.load(Relaxed), tgid, shape: shape.load(Relaxed) };
-            // A wait that ends here at this moment leaves its time to whoever has the slot next.
             let (blocked_ns, queued_ns) = (blocked.swap(0, Relaxed), queued.swap(0, Relaxed));
-            tag.store(0, Relaxed);
+            if used.load(Relaxed) <= before_ns {
+                // A wait that ends here at this moment leaves its time to whoever has the slot next.
+                tag.store(0, Relaxed);
+            }
             if blocked_ns != 0 || queued_ns != 0 {
                 due(WaitSite { tag: owner, tgid, blocked_ns, queued_ns, key, ..WaitSite::default() });
             }

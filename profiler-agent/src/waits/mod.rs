@@ -21,7 +21,7 @@ const STACK_BYTES: usize = 256;
 /// Waits that are under way longer than this are charged before they end, nanoseconds.
 const LONG_NS: u64 = 5_000_000_000;
 /// Drains for which a stack is kept after its last wait: its place may be due something.
-const KEEP_FOR: u64 = 12;
+const KEEP_FOR: u64 = 4;
 /// Drains after which what is to be taken off a row that never came is forgotten.
 const OWED_FOR: u64 = 12;
 

@@ -61,7 +61,7 @@ counters! {
     Overflowed, "samples_overflowed", Info, "Samples that took the overflow ring because the buffer was full or busy.";
     WaitsSampled, "waits_sampled", Info, "Waits whose stack was taken.";
     WaitsRationed, "waits_rationed", Info, "Waits that found the ration of stacks used up; their time is exported without a stack.";
-    WaitsShort, "waits_short", Info, "Sampled waits that were shorter than the minimum duration; their time is not exported.";
+    WaitsShort, "waits_short", Info, "Waits that were shorter than the minimum duration; their time is not exported.";
     WaitsLost, "waits_lost", Info, "Waits whose time was lost because the buffer and the overflow ring were both full or busy.";
     WaitsLostNs, "waits_lost_nanoseconds", Info, "Time of lost waits.";
     ThreadsFull, "threads_full", Info, "Times a thread that left its CPU could not be remembered.";

@@ -20,7 +20,7 @@ pub struct Settings {
     pub wait_stacks_per_second: u32,
     /// 1: `sched_switch` says in its fourth argument in what state the thread leaves (Linux 5.18 and later).
     pub has_state_argument: u32,
-    /// Sampled waits that are shorter are not exported, nanoseconds.
+    /// Waits that are shorter are not exported, nanoseconds.
     pub min_wait_ns: u64,
     /// Where the kernel keeps the code of its scheduler (`__sched_text_start`): stacks of waits begin there. Zero:
     /// not known.

@@ -117,8 +117,13 @@ fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
     if let Some(site) = site.as_deref_mut() {
         sites::learn(site, total, now);
     }
+    let is_short = total < loaded!(SETTINGS.min_wait_ns);
+    if is_short {
+        count(Counter::WaitsShort);
+    }
     if wait.weight == 0 {
         match site {
+            _ if is_short => {}
             Some(site) if wait.unsampled == 0 => {
                 sites::owe(&raw mut site.blocked_ns, blocked);
                 sites::owe(&raw mut site.queued_ns, queued);
@@ -130,8 +135,7 @@ fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
         }
         return;
     }
-    if total < loaded!(SETTINGS.min_wait_ns) {
-        count(Counter::WaitsShort);
+    if is_short {
         charge(task, tgid, wait, 0, 0, 0);
         return;
     }

@@ -45,7 +45,11 @@ pub(super) fn runs() -> Vec<Run> {
         judges_kernel: matches!(mode, "chain S" | "signal S"),
         wait_tolerance: None,
     };
-    let waits = |name, flags, tolerance| Run { flags, wait_tolerance: Some(tolerance), ..run(name, "waits", "S", "", Vec::new()) };
+    let waits = |name, flags, tolerance| Run {
+        flags,
+        wait_tolerance: Some(tolerance),
+        ..run(name, "waits", "S", "", Vec::new())
+    };
     let frames = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
     let around = |middle: Vec<String>| [frames(&["main"]), middle, frames(&["spin_to_deadline", "spin"])].concat();
     let levels = around((1..=30).map(|level| format!("level_{level:02}")).collect());
