@@ -24,6 +24,8 @@ const KIND_VAR: u32 = 14;
 const KIND_DATASEC: u32 = 15;
 const KIND_DECL_TAG: u32 = 17;
 const KIND_ENUM64: u32 = 19;
+/// Most members looked at to find one. The largest struct of a kernel has some hundreds.
+const MAX_MEMBERS_SEARCHED: u32 = 1 << 16;
 
 /// Why a layout could not be read.
 #[derive(Debug, Error)]
@@ -76,7 +78,7 @@ impl KernelTypes {
             .ok_or(BtfError::Malformed { path: path.to_owned(), what: "the section is truncated or inconsistent" })
     }
 
-    fn parse(bytes: &[u8], wanted: &[&str], wanted_functions: &[&str]) -> Option<Self> {
+    pub(super) fn parse(bytes: &[u8], wanted: &[&str], wanted_functions: &[&str]) -> Option<Self> {
         let word = |at: usize| -> Option<u32> { Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?)) };
         if u16::from_le_bytes(bytes.get(..2)?.try_into().ok()?) != MAGIC {
             return None;
@@ -166,17 +168,21 @@ impl KernelTypes {
 
     /// Byte offset of `member` in `structure`, looking into unnamed structs and unions as C does.
     pub fn offset(&self, structure: &str, member: &str) -> Option<u32> {
-        self.offset_in(*self.structs.get(structure)?, member, 8)
+        let mut left = MAX_MEMBERS_SEARCHED;
+        self.offset_in(*self.structs.get(structure)?, member, 8, &mut left)
     }
 
-    fn offset_in(&self, type_id: u32, member: &str, depth: u32) -> Option<u32> {
+    /// Looks into `depth` levels of unnamed types and at no more than `left` members: a type may hold itself, many
+    /// times.
+    fn offset_in(&self, type_id: u32, member: &str, depth: u32, left: &mut u32) -> Option<u32> {
         let depth = depth.checked_sub(1)?;
         self.members.get(&type_id)?.iter().find_map(|candidate| {
+            *left = left.checked_sub(1)?;
             let name = self.string(candidate.name_offset)?;
             let inner = if name == member {
                 0
             } else if name.is_empty() {
-                self.offset_in(candidate.type_id, member, depth)?
+                self.offset_in(candidate.type_id, member, depth, left)?
             } else {
                 return None;
             };
@@ -235,6 +241,16 @@ mod tests {
         assert_eq!(types.offset("task", "a"), Some(0));
         assert_eq!(types.offset("task", "b"), Some(12));
         assert_eq!(types.offset("task", "c"), None);
+    }
+
+    /// A struct that holds itself many times over, without a name, is not searched for years.
+    #[test]
+    fn searches_a_bounded_number_of_members() {
+        const MEMBERS: u32 = 300;
+        let mut types = vec![1, info(KIND_STRUCT, MEMBERS), 8];
+        types.extend([0, 1, 0].repeat(MEMBERS as usize));
+        let types = KernelTypes::parse(&section(&types, "\0x\0"), &["x"], &[]).expect("valid section");
+        assert_eq!(types.offset("x", "absent"), None);
     }
 
     /// Truncation anywhere is refused, never a panic.
