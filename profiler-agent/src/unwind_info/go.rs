@@ -15,6 +15,10 @@ use crate::elf::{self, Section};
 const MAX_TABLE: u64 = 64 << 20;
 /// Most functions taken from a table.
 const MAX_FUNCTIONS: usize = 1 << 20;
+/// Most rows read of a table: functions may share them.
+const MAX_WORK: usize = 1 << 28;
+/// Most functions with rules of their own: each has up to two names.
+const MAX_SPECIAL: usize = 64;
 /// Most bytes of the module data's relocations or section searched.
 const MAX_SEARCHED: u64 = 16 << 20;
 /// Where `runtime.moduledata` has the address of the first function (Go 1.16 and later).
@@ -67,6 +71,8 @@ pub(super) struct GoTable {
     count: usize,
     /// Name offsets of the functions with rules of their own.
     special: Vec<(u32, Special)>,
+    /// Rows read so far.
+    work: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +98,7 @@ impl GoTable {
         Some(table)
     }
 
-    fn parse(bytes: Vec<u8>) -> Option<Self> {
+    pub(super) fn parse(bytes: Vec<u8>) -> Option<Self> {
         let layout = match read_u32(&bytes, 0)? {
             0xffff_fffb => Layout::V1_2,
             0xffff_fffa => Layout::V1_16,
@@ -112,7 +118,7 @@ impl GoTable {
         if count > MAX_FUNCTIONS || [names, depths, functions].iter().any(|&start| start > bytes.len()) {
             return None;
         }
-        let mut table = Self { bytes, layout, text, names, depths, functions, count, special: Vec::new() };
+        let mut table = Self { bytes, layout, text, names, depths, functions, count, special: Vec::new(), work: 0 };
         table.special = table.find_special();
         Some(table)
     }
@@ -134,6 +140,9 @@ impl GoTable {
             let kind = kinds.iter().find(|(names, _)| names.iter().any(|candidate| candidate.as_bytes() == plain));
             if let (Some((_, kind)), Ok(offset)) = (kind, u32::try_from(place - self.names)) {
                 found.push((offset, *kind));
+            }
+            if found.len() == MAX_SPECIAL {
+                break;
             }
             place += name.len() + 1;
         }
@@ -195,6 +204,10 @@ impl GoTable {
         let mut place = self.depths.saturating_add(depths as usize);
         let (mut address, mut depth) = (function.start, -1i64);
         while address < function.end {
+            self.work += 1;
+            if self.work > MAX_WORK {
+                return Err(address);
+            }
             let (Some(change), Some(length)) = (self.varint(&mut place), self.varint(&mut place)) else {
                 return Err(address);
             };
@@ -270,4 +283,70 @@ fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
 
 fn read_u64(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A table of Go 1.18: names, stack depths, and functions by start and record.
+    fn table(names: &[u8], depths: &[u8], functions: &[(u32, u32)], records: &[u8]) -> GoTable {
+        const HEADER: usize = 8 + 8 * 8;
+        let mut bytes = vec![0xf1, 0xff, 0xff, 0xff, 0, 0, 1, 8];
+        let depths_start = HEADER + names.len();
+        let functions_start = depths_start + depths.len();
+        let count = functions.len() - 1;
+        for word in [count, 0, 0x1000, HEADER, 0, 0, depths_start, functions_start] {
+            bytes.extend((word as u64).to_le_bytes());
+        }
+        bytes.extend(names);
+        bytes.extend(depths);
+        for (start, record) in functions {
+            bytes.extend(start.to_le_bytes());
+            bytes.extend(record.to_le_bytes());
+        }
+        bytes.extend(records);
+        GoTable::parse(bytes).expect("a table")
+    }
+
+    /// A record of a function: start, name, two numbers, stack depths.
+    fn record(name: u32, depths: u32) -> Vec<u8> {
+        [0, name, 0, 0, depths].iter().flat_map(|half| half.to_le_bytes()).collect()
+    }
+
+    fn rows(table: &mut GoTable, function: Function) -> Vec<(u64, u8, i32)> {
+        let mut rows = Vec::new();
+        let outcome = table.rows(function, |address, rule| rows.push((address, rule.cfa, rule.cfa_offset)));
+        assert_eq!(outcome, Ok(()));
+        rows
+    }
+
+    /// Depths are read as changes (the first one from -1), and special functions by their names.
+    #[test]
+    fn reads_functions_and_depths() {
+        let names = b"main.main\0runtime.goexit.abi0\0";
+        let records = [record(0, 0), record(10, 0)].concat();
+        // Up by 1 for 4 bytes, up by 24 for 12, down by 24 for 16; the end.
+        let depths = [2, 4, 48, 12, 47, 16, 0];
+        let mut table = table(names, &depths, &[(0, 24), (0x20, 44), (0x40, 0)], &records);
+        let functions = table.functions();
+        assert_eq!(
+            functions.iter().map(|f| (f.start, f.end)).collect::<Vec<_>>(),
+            [(0x1000, 0x1020), (0x1020, 0x1040)]
+        );
+        let (main, goexit) = (functions[0], functions[1]);
+        let pointer = cfa::STACK_POINTER;
+        assert_eq!(rows(&mut table, main), [(0x1000, pointer, 8), (0x1004, pointer, 32), (0x1010, pointer, 8)]);
+        assert_eq!(rows(&mut table, goexit), [(0x1020, cfa::OUTERMOST, 0)]);
+    }
+
+    /// Many functions that share many rows, and many names of special functions, cost no more than a large file.
+    #[test]
+    fn limits_its_work() {
+        let mut table = table(&b"runtime.goexit\0".repeat(1000), &[2, 1], &[(0, 16), (0x20, 0)], &record(1, 0));
+        assert_eq!(table.special.len(), MAX_SPECIAL);
+        let function = table.functions()[0];
+        table.work = MAX_WORK;
+        assert_eq!(table.rows(function, |_, _| {}), Err(function.start));
+    }
 }
