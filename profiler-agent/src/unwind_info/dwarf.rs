@@ -20,7 +20,7 @@ const MAX_FUNCTIONS: usize = 1 << 20;
 const MAX_COMMON: usize = 4 << 10;
 /// Most bytes of instructions that a common entry may repeat in each of its functions.
 const MAX_COMMON_INSTRUCTIONS: usize = 4 << 10;
-/// Most bytes of instructions executed for one section.
+/// Most bytes of common entries parsed and of instructions executed for one section.
 const MAX_WORK: usize = 1 << 30;
 
 /// Code that the section covers with one entry: stated addresses, and the entry's place in the section.
@@ -35,8 +35,16 @@ pub(super) struct Function {
 pub(super) struct Frames<'a, S: UnwindSection<Bytes<'a>>> {
     section: S,
     bases: BaseAddresses,
-    common: HashMap<usize, CommonInformationEntry<Bytes<'a>>>,
+    common: Common<'a>,
     context: UnwindContext<usize>,
+}
+
+/// The common entries of a section.
+struct Common<'a> {
+    bytes: &'a [u8],
+    /// By their place; `None`: what is there does not parse.
+    known: HashMap<usize, Option<CommonInformationEntry<Bytes<'a>>>>,
+    /// Bytes parsed and instructions executed so far.
     work: usize,
 }
 
@@ -44,22 +52,23 @@ pub(super) struct Frames<'a, S: UnwindSection<Bytes<'a>>> {
 pub(super) fn eh_frame(bytes: &[u8], address: u64, text: u64) -> Frames<'_, EhFrame<Bytes<'_>>> {
     let mut section = EhFrame::new(bytes, LittleEndian);
     section.set_address_size(8);
-    Frames::new(section, BaseAddresses::default().set_eh_frame(address).set_text(text))
+    Frames::new(bytes, section, BaseAddresses::default().set_eh_frame(address).set_text(text))
 }
 
 /// `.debug_frame`.
 pub(super) fn debug_frame(bytes: &[u8]) -> Frames<'_, DebugFrame<Bytes<'_>>> {
     let mut section = DebugFrame::new(bytes, LittleEndian);
     section.set_address_size(8);
-    Frames::new(section, BaseAddresses::default())
+    Frames::new(bytes, section, BaseAddresses::default())
 }
 
 impl<'a, S: UnwindSection<Bytes<'a>>> Frames<'a, S>
 where
     S::Offset: UnwindOffset<usize>,
 {
-    fn new(section: S, bases: BaseAddresses) -> Self {
-        Self { section, bases, common: HashMap::new(), context: UnwindContext::new(), work: 0 }
+    fn new(bytes: &'a [u8], section: S, bases: BaseAddresses) -> Self {
+        let common = Common { bytes, known: HashMap::new(), work: 0 };
+        Self { section, bases, common, context: UnwindContext::new() }
     }
 
     /// Calls `function` with every function that has an entry, in the order of the section. Ends early where the
@@ -70,7 +79,7 @@ where
         while let Ok(Some(entry)) = entries.next() {
             let CieOrFde::Fde(partial) = entry else { continue };
             let common = &mut self.common;
-            let Ok(entry) = partial.parse(|section, bases, offset| common_entry(common, section, bases, offset)) else {
+            let Ok(entry) = partial.parse(|section, bases, offset| common.entry(section, bases, offset)) else {
                 continue;
             };
             let (start, end) = (entry.initial_address(), entry.end_address());
@@ -88,11 +97,11 @@ where
     pub(super) fn rows(&mut self, function: Function, mut row: impl FnMut(u64, Rule)) -> Result<(), u64> {
         let common = &mut self.common;
         let entry = self.section.fde_from_offset(&self.bases, function.entry.into(), |section, bases, offset| {
-            common_entry(common, section, bases, offset)
+            common.entry(section, bases, offset)
         });
         let Ok(entry) = entry else { return Err(function.start) };
-        self.work = self.work.saturating_add(entry.entry_len()).saturating_add(entry.cie().entry_len());
-        if self.work > MAX_WORK || entry.cie().entry_len() > MAX_COMMON_INSTRUCTIONS {
+        common.work = common.work.saturating_add(entry.entry_len()).saturating_add(entry.cie().entry_len());
+        if common.work > MAX_WORK || entry.cie().entry_len() > MAX_COMMON_INSTRUCTIONS {
             return Err(function.start);
         }
         let mut understood = function.start;
@@ -110,25 +119,39 @@ where
     }
 }
 
-/// A common entry, parsed once as long as there are not too many.
-fn common_entry<'a, S: UnwindSection<Bytes<'a>>>(
-    known: &mut HashMap<usize, CommonInformationEntry<Bytes<'a>>>,
-    section: &S,
-    bases: &BaseAddresses,
-    offset: S::Offset,
-) -> gimli::Result<CommonInformationEntry<Bytes<'a>>>
-where
-    S::Offset: UnwindOffset<usize>,
-{
-    let place = UnwindOffset::into(offset);
-    if let Some(entry) = known.get(&place) {
-        return Ok(entry.clone());
+impl<'a> Common<'a> {
+    /// The common entry at `offset`, parsed once as long as there are not too many.
+    fn entry<S: UnwindSection<Bytes<'a>>>(
+        &mut self,
+        section: &S,
+        bases: &BaseAddresses,
+        offset: S::Offset,
+    ) -> gimli::Result<CommonInformationEntry<Bytes<'a>>>
+    where
+        S::Offset: UnwindOffset<usize>,
+    {
+        let place = UnwindOffset::into(offset);
+        if let Some(entry) = self.known.get(&place) {
+            return entry.clone().ok_or(gimli::Error::NotCieId(place as u64));
+        }
+        self.work = self.work.saturating_add(self.stated_len(place));
+        if self.work > MAX_WORK {
+            return Err(gimli::Error::NotCieId(place as u64));
+        }
+        let entry = section.cie_from_offset(bases, offset);
+        if self.known.len() < MAX_COMMON {
+            self.known.insert(place, entry.as_ref().ok().cloned());
+        }
+        entry
     }
-    let entry = section.cie_from_offset(bases, offset)?;
-    if known.len() < MAX_COMMON {
-        known.insert(place, entry.clone());
+
+    /// The bytes that the entry at a place says it has. Parsing it reads no more, and may read all of them before
+    /// it fails.
+    fn stated_len(&self, place: usize) -> usize {
+        let rest = self.bytes.get(place..).unwrap_or_default();
+        let stated = rest.first_chunk::<4>().map_or(0, |length| u32::from_le_bytes(*length) as usize);
+        stated.min(rest.len())
     }
-    Ok(entry)
 }
 
 /// The rule that a row stands for.
@@ -268,4 +291,60 @@ fn at_register(register: Register, offset: i64, addend: u64) -> Option<Rule> {
         _ => return None,
     };
     Some(Rule { cfa_offset: i32::try_from(offset).ok()?, cfa_addend: i16::try_from(addend).ok()?, ..Rule::plain(kind) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An entry of a section: its length, then the rest.
+    fn entry(rest: &[u8]) -> Vec<u8> {
+        let mut bytes = (rest.len() as u32).to_le_bytes().to_vec();
+        bytes.extend(rest);
+        bytes
+    }
+
+    /// A common entry: code alignment 1, data alignment -8, return address in register 16; CFA: RSP + 8, return
+    /// address: CFA - 8.
+    fn common(augmentation: &[u8]) -> Vec<u8> {
+        const VERSION: u8 = 3;
+        let header = [&u32::MAX.to_le_bytes()[..], &[VERSION], augmentation, &[0]].concat();
+        entry(&[&header[..], &[1, 0x78, 16, 0x0c, 7, 8, 0x90, 1]].concat())
+    }
+
+    /// A function of 16 bytes with the common entry at a place, and its instructions.
+    fn function(common: usize, start: u64, instructions: &[u8]) -> Vec<u8> {
+        let common = (common as u32).to_le_bytes();
+        entry(&[&common[..], &start.to_le_bytes(), &16u64.to_le_bytes(), instructions].concat())
+    }
+
+    /// Rows are read with what the common entry says.
+    #[test]
+    fn reads_rows() {
+        // After 4 bytes, CFA: RSP + 16.
+        let instructions = [0x44, 0x0e, 16];
+        let bytes = [common(b""), function(0, 0x1000, &[]), function(0, 0x1010, &instructions)].concat();
+        let mut frames = debug_frame(&bytes);
+        let functions = frames.functions();
+        let ranges: Vec<_> = functions.iter().map(|function| (function.start, function.end)).collect();
+        assert_eq!(ranges, [(0x1000, 0x1010), (0x1010, 0x1020)]);
+        let mut rows = Vec::new();
+        let outcome = frames.rows(functions[1], |address, rule| rows.push((address, rule.cfa, rule.cfa_offset)));
+        assert_eq!((outcome, frames.common.known.len()), (Ok(()), 1));
+        assert_eq!(rows, [(0x1010, cfa::STACK_POINTER, 8), (0x1014, cfa::STACK_POINTER, 16)]);
+    }
+
+    /// A large common entry that does not parse, hidden in a function's instructions, is not read again for each of
+    /// many functions that name it.
+    #[test]
+    fn reads_what_does_not_parse_once() {
+        let mut bytes = [common(b""), function(0, 0x1000, &common(&[b'!'; 1000]))].concat();
+        let hidden = common(b"").len() + function(0, 0, b"").len();
+        for index in 0..1000 {
+            bytes.extend(function(hidden, 0x2000 + 16 * index, &[]));
+        }
+        let mut frames = debug_frame(&bytes);
+        assert_eq!(frames.functions().len(), 1);
+        assert!((1000..2000).contains(&frames.common.work), "{}", frames.common.work);
+    }
 }
