@@ -8,6 +8,9 @@ pub mod cli;
 pub mod config;
 mod elf;
 pub mod export;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod kernel;
 pub mod label;
 pub mod pipeline;

@@ -1,5 +1,8 @@
 //! The daemon's configuration: flags over environment over file over defaults, validated once.
 
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
+
 use std::{fs, net::SocketAddr, path::Path, time::Duration};
 
 use anyhow::{Context as _, bail};

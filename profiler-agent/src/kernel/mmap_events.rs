@@ -198,7 +198,7 @@ impl AsRawFd for MmapEvents {
 }
 
 /// Body of a `PERF_RECORD_MMAP2`: u32 pid, tid; u64 addr, len, pgoff; u32 maj, min; u64 ino; and more.
-fn parse(body: &[u8]) -> Option<NewMapping> {
+pub(super) fn parse(body: &[u8]) -> Option<NewMapping> {
     let half = |at: usize| Some(u32::from_ne_bytes(body.get(at..at + 4)?.try_into().ok()?));
     let (start, len) = (word(body, 8)?, word(body, 16)?);
     Some(NewMapping {

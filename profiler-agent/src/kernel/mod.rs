@@ -8,6 +8,8 @@ mod buffers;
 mod clock;
 mod commands;
 mod cpus;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod layout;
 mod mmap_events;
 pub mod privileges;

@@ -5,6 +5,8 @@
 //! outcome.
 
 mod executables;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod mappings;
 mod proc_fs;
 mod published;

@@ -37,7 +37,7 @@ pub(super) fn executable_maps(tgid: u32) -> io::Result<Vec<MapsLine>> {
 }
 
 /// Parses one line; `None` where it is not executable or not understood (format: `man 5 proc`).
-fn parse_maps_line(line: &str) -> Option<MapsLine> {
+pub(super) fn parse_maps_line(line: &str) -> Option<MapsLine> {
     let mut fields = line.splitn(6, ' ');
     let (start, end) = fields.next()?.split_once('-')?;
     let permissions = fields.next()?;
@@ -65,7 +65,7 @@ pub(super) fn start_ticks(tgid: u32) -> Option<u64> {
     parse_start_ticks(&String::from_utf8_lossy(&stat))
 }
 
-fn parse_start_ticks(stat: &str) -> Option<u64> {
+pub(super) fn parse_start_ticks(stat: &str) -> Option<u64> {
     // The command name, field 2, may hold spaces and parentheses; what follows its last `)` may not.
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_ascii_whitespace().nth(19)?.parse().ok()

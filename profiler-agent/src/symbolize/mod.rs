@@ -6,6 +6,8 @@
 
 mod cache;
 mod demangle;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod resident;
 
 use std::{

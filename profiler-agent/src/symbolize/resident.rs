@@ -64,7 +64,7 @@ fn release_file_pages() {
 
 /// Address and length of the mapping in a line of `/proc/self/maps`, if it is of the kind that is released.
 /// (BPF maps are shared and read-only too, but their names are no paths.)
-fn shared_read_only_file(line: &str) -> Option<(usize, usize)> {
+pub(super) fn shared_read_only_file(line: &str) -> Option<(usize, usize)> {
     let mut fields = line.splitn(6, ' ');
     let (start, end) = fields.next()?.split_once('-')?;
     let is_released_kind = fields.next()? == "r--s" && Path::new(fields.nth(3)?.trim_start()).is_absolute();

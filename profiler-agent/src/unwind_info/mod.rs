@@ -6,6 +6,8 @@
 mod build;
 mod code;
 mod dwarf;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod go;
 mod store;
 mod table;
