@@ -3,6 +3,7 @@
 
 mod bench;
 mod build;
+mod fuzz;
 mod kernels;
 mod process;
 mod run;
@@ -29,6 +30,7 @@ Commands:
   run     set up, build, and profile this machine: starts the agent and a receiver that prints what arrives
   test    set up, build, and run every test this machine can run
   bench   measure what profiling costs on a fixed set of programs (as root)
+  fuzz    feed every parser of untrusted bytes with what a fuzzer makes; 10 million inputs each, or --executions N
   kernels record known programs on other kernels, in VMs; kernels are chosen by version, all by default
   tidy    check format, lints and layout rules
 
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         "run" => run::main(&workspace),
         "test" => test::main(&workspace, rest),
         "bench" => bench::main(&workspace, rest),
+        "fuzz" => fuzz::main(&workspace, rest),
         "kernels" => kernels::main(&workspace, rest),
         "tidy" => tidy::main(&workspace),
         "--help" | "-h" | "help" => {

@@ -15,6 +15,7 @@ const MAX_LINES: usize = 500;
 
 pub(crate) fn main(workspace: &Path) -> Outcome {
     run(cargo(workspace).args(["fmt", "--all", "--check"]))?;
+    run(cargo(workspace).args(["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]))?;
     run(cargo(workspace).args([
         "clippy",
         "--release",
@@ -27,7 +28,7 @@ pub(crate) fn main(workspace: &Path) -> Outcome {
         "warnings",
     ]))?;
     let mut sources = Vec::new();
-    for folder in ["profiler-common", "profiler-ebpf", "profiler-agent", "tests", "xtask"] {
+    for folder in ["profiler-common", "profiler-ebpf", "profiler-agent", "fuzz", "tests", "xtask"] {
         collect_sources(&workspace.join(folder), &mut sources)?;
     }
     let mut complaints = Vec::new();

@@ -1,0 +1,260 @@
+//! What fuzzing starts from: pieces of this machine's files, and of a small program made for it.
+//!
+//! In: a folder. Out: `seeds/TARGET/NAME` in it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use crate::{
+    Outcome,
+    process::{output, run},
+};
+
+/// A program that has a bit of everything and fits into two kilobytes.
+const PROGRAM: &str = "\
+int depth;
+__attribute__((noinline)) int down(int *by) { int room[40]; room[depth & 31] = *by; depth++; return room[*by & 31]; }
+void _start(void) { for (int by = 3; by > 0; by = down(&by)) { } __builtin_trap(); }
+";
+/// Files with rows, names and code that compilers wrote.
+const LIBRARIES: [&str; 2] = ["/lib/x86_64-linux-gnu/libc.so.6", "/usr/lib/x86_64-linux-gnu/libstdc++.so.6"];
+/// Bytes of a large section that are taken.
+const PIECE: usize = 400;
+
+/// Makes the seeds of every target.
+pub(super) fn make(folder: &Path) -> Outcome {
+    let seeds = Seeds { folder: folder.join("seeds") };
+    let program = Program::compile(folder)?;
+    let file = fs::read(&program.path).map_err(|error| format!("{}: {error}", program.path.display()))?;
+    for target in ["elf", "executable"] {
+        seeds.add(target, "program", &file)?;
+    }
+    seeds.add("symbols", "program", &[&[0; 8], &file[..]].concat())?;
+    let section = |name: &str| section(&program.path, name, folder).unwrap_or_default();
+    let (eh_frame, debug_frame, text) = (section(".eh_frame"), section(".debug_frame"), section(".text"));
+    seeds.add("eh_frame", "program", &[&[0; 16], &eh_frame[..]].concat())?;
+    seeds.add("debug_frame", "program", &debug_frame)?;
+    seeds.add("guessed_code", "program", &[&[0; 12], &text[..]].concat())?;
+    for (index, library) in LIBRARIES.iter().map(Path::new).filter(|library| library.is_file()).enumerate() {
+        let name = format!("library{index}");
+        let piece = |section: &str| -> Vec<u8> {
+            self::section(library, section, folder).unwrap_or_default().into_iter().take(PIECE).collect()
+        };
+        seeds.add("eh_frame", &name, &[&[0; 16], &piece(".eh_frame")[..]].concat())?;
+        seeds.add("guessed_code", &name, &[&[0; 12], &piece(".text")[..]].concat())?;
+        let symbols = output(Command::new("nm").arg("-D").arg(library)).unwrap_or_default();
+        let names = symbols.lines().filter_map(|line| line.split_ascii_whitespace().last()).step_by(40).take(100);
+        for (number, symbol) in names.enumerate() {
+            seeds.add("demangle", &format!("{name}-{number}"), symbol.as_bytes())?;
+        }
+    }
+    let rust = ["_RNvCs1234_7mycrate3foo", "_RNvMs_Cs4_3fooINtB4_3BarINtNtCs5_4core6option6OptionmEE3new"];
+    for (number, symbol) in rust.into_iter().enumerate() {
+        seeds.add("demangle", &format!("rust-{number}"), symbol.as_bytes())?;
+    }
+    for (number, table) in [go_table_1_18(), go_table_1_2()].iter().enumerate() {
+        seeds.add("go_table", &number.to_string(), table)?;
+        let parts = [(".text", 0x1000, 1, &text[..]), (".gopclntab", 0x9000, 0, table)];
+        seeds.add("sections", &format!("go-{number}"), &sections(&parts))?;
+    }
+    let parts = [(".text", 0x1000, 1, &text[..]), (".eh_frame", 0x8000, 0, &eh_frame), (".plt", 0x800, 1, &[0; 64])];
+    seeds.add("sections", "eh_frame", &sections(&parts))?;
+    let parts = [(".text", 0x1000, 1, &text[..]), (".debug_frame", 0, 0, &debug_frame)];
+    seeds.add("sections", "debug_frame", &sections(&parts))?;
+    seeds.add("btf", "struct", &btf())?;
+    for name in ["maps", "stat"] {
+        let text = fs::read(format!("/proc/self/{name}")).map_err(|error| format!("/proc/self/{name}: {error}"))?;
+        for (number, line) in text.split(|&byte| byte == b'\n').enumerate() {
+            seeds.add("proc_text", &format!("{name}-{number}"), line)?;
+        }
+    }
+    let settings =
+        "sampling:\n  frequency: 49\nunwind:\n  table_mib: 8\nexport:\n  window: 1m\nstatus:\n  listen: 127.0.0.1:1\n";
+    seeds.add("config", "settings", settings.as_bytes())?;
+    records(&seeds)
+}
+
+/// Seeds of records, whose numbers mean little.
+fn records(seeds: &Seeds) -> Outcome {
+    // Process and thread, start, length, offset, device, inode.
+    seeds.add("mmap_record", "file", &halves(&[7, 8, 0x1000, 0, 0x2000, 0, 0x3000, 0, 0xfe, 1, 99, 0]))?;
+    // Count, process, two names, a kernel frame and two user frames of an on-CPU sample that ends at the root.
+    let mut sample = halves(&[1, 0, 7, 0, 8, 0]);
+    sample.extend(b"name\0\0\0\0\0\0\0\0\0\0\0\0thread\0\0\0\0\0\0\0\0\0\0");
+    sample.extend([1, 0, 2, 0, 1, 1, 0, 0]);
+    sample.extend(halves(&[1, 2, 3, 4, 5, 6]));
+    seeds.add("raw_sample", "two-frames", &sample)?;
+    let mut told = Vec::new();
+    for kind in 1..=5 {
+        // A notice: kind, process, child.
+        told.extend([4, 40]);
+        told.extend(halves(&[kind, 0, 7, 1, 8, 0, 9, 1, 8, 0]));
+    }
+    // A mapping that nothing backs, a sample, what changed, and the end of a drain.
+    told.extend([1, 7]);
+    told.extend(halves(&[0x1000, 0x2000, 0, 0]));
+    told.extend([0, 2, sample.len() as u8]);
+    told.extend(&sample);
+    told.extend([3, 0]);
+    seeds.add("notices", "all", &told)?;
+    seeds.add("mappings", "overlapping", &[0, 60, 0, 0, 10, 10, 5, 1, 15, 20, 1, 2, 5, 8, 2, 1])?;
+    let mut table = halves(&[0x1000, 0x4_0000]);
+    table.extend([100, 0, 0, 0, 2, 8, 0, 0, 3, 0, 0, 1, 4, 0, 0, 2, 0, 1, 0, 0, 5]);
+    seeds.add("table", "pages", &table)?;
+    // Registers, no saved one, eight rules, memory.
+    let mut walk: Vec<u8> = (0..21u64).flat_map(|word| (0x7000 + 8 * word).to_le_bytes()).collect();
+    walk.extend([0, 8]);
+    for kind in 0..8 {
+        walk.extend([kind, kind % 4, 0, 0, 16, 0, 0, 0, 0xf0, 0xff, 3, 0]);
+    }
+    walk.extend((0..32u64).flat_map(|word| (0x7100 + 16 * word).to_le_bytes()));
+    seeds.add("unwind_step", "rules", &walk)
+}
+
+/// Where seeds go.
+struct Seeds {
+    folder: PathBuf,
+}
+
+impl Seeds {
+    fn add(&self, target: &str, name: &str, bytes: &[u8]) -> Outcome {
+        let folder = self.folder.join(target);
+        let path = folder.join(name);
+        let write = || fs::create_dir_all(&folder).and_then(|()| fs::write(&path, bytes));
+        write().map_err(|error| format!("{}: {error}", path.display()))
+    }
+}
+
+/// The small program, compiled.
+struct Program {
+    path: PathBuf,
+}
+
+impl Program {
+    fn compile(folder: &Path) -> Result<Self, String> {
+        let (source, path) = (folder.join("program.c"), folder.join("program"));
+        fs::write(&source, PROGRAM).map_err(|error| format!("{}: {error}", source.display()))?;
+        run(Command::new("gcc")
+            .args(["-Os", "-g1", "-nostdlib", "-static", "-fcf-protection=none", "-Wl,--nmagic,--build-id=sha1", "-o"])
+            .arg(&path)
+            .arg(&source))?;
+        Ok(Self { path })
+    }
+}
+
+/// The contents of a section.
+fn section(file: &Path, name: &str, folder: &Path) -> Option<Vec<u8>> {
+    let contents = folder.join("section");
+    // What an earlier call left.
+    let _ = fs::remove_file(&contents);
+    let dump = format!("{name}={}", contents.display());
+    output(Command::new("objcopy").arg("--dump-section").arg(dump).arg(file).arg(folder.join("copy")))?;
+    fs::read(contents).ok()
+}
+
+/// An input of the target `sections`: name, address, flags and contents of some of them.
+fn sections(parts: &[(&str, u32, u8, &[u8])]) -> Vec<u8> {
+    const NAMES: [&str; 10] = [
+        ".text",
+        ".init",
+        ".eh_frame",
+        ".debug_frame",
+        ".gopclntab",
+        ".plt",
+        ".plt.sec",
+        ".data",
+        ".rela.dyn",
+        ".symtab",
+    ];
+    let mut bytes = 0x1000u32.to_le_bytes().to_vec();
+    let parts = NAMES
+        .map(|name| parts.iter().find(|part| part.0 == name).map_or((0, 0, &[][..]), |part| (part.1, part.2, part.3)));
+    for (address, flags, contents) in parts {
+        bytes.extend(address.to_le_bytes());
+        bytes.extend((contents.len() as u16).to_le_bytes());
+        bytes.push(flags);
+    }
+    bytes.extend(parts.iter().flat_map(|part| part.2));
+    bytes
+}
+
+/// Names and stack depths of two functions of a Go program: up by 1 for 4 bytes, up by 24 for 12, down by 24 for 16.
+const GO_NAMES: &[u8] = b"main.main\0runtime.goexit.abi0\0";
+const GO_DEPTHS: &[u8] = &[2, 4, 48, 12, 47, 16, 0, 0];
+
+fn words(words: &[usize]) -> Vec<u8> {
+    words.iter().flat_map(|&word| (word as u64).to_le_bytes()).collect()
+}
+
+fn halves(halves: &[u32]) -> Vec<u8> {
+    halves.iter().flat_map(|half| half.to_le_bytes()).collect()
+}
+
+/// A table as Go 1.18 and later write it.
+fn go_table_1_18() -> Vec<u8> {
+    const HEADER: usize = 8 + 8 * 8;
+    let depths = HEADER + GO_NAMES.len();
+    let functions = depths + GO_DEPTHS.len();
+    let mut bytes = vec![0xf1, 0xff, 0xff, 0xff, 0, 0, 1, 8];
+    bytes.extend(words(&[2, 0, 0x1000, HEADER, 0, 0, depths, functions]));
+    bytes.extend(GO_NAMES.iter().chain(GO_DEPTHS));
+    bytes.extend(halves(&[0, 24, 0x20, 44, 0x40, 0]));
+    bytes.extend(halves(&[0, 0, 0, 0, 0, 0, 10, 0, 0, 0]));
+    bytes
+}
+
+/// A table as Go 1.2 to 1.15 write it.
+fn go_table_1_2() -> Vec<u8> {
+    const FUNCTIONS: usize = 16;
+    const RECORD: usize = FUNCTIONS + 24;
+    let mut bytes = vec![0xfb, 0xff, 0xff, 0xff, 0, 0, 1, 8];
+    bytes.extend(words(&[1, 0x1000, RECORD, 0x1020]));
+    bytes.extend(words(&[0x1000]));
+    let names = RECORD + 24;
+    bytes.extend(halves(&[names as u32, 0, 0, (names + GO_NAMES.len()) as u32]));
+    bytes.extend(GO_NAMES.iter().chain(GO_DEPTHS));
+    bytes
+}
+
+/// Type information of a struct with a member in an unnamed union.
+fn btf() -> Vec<u8> {
+    let strings = b"\0task_struct\0stack\0b\0a\0bpf_loop\0";
+    let types = [
+        1,
+        4 << 24 | 2,
+        16,
+        13,
+        0,
+        0,
+        0,
+        2,
+        64, // struct task_struct { stack; union; }
+        0,
+        5 << 24 | 1,
+        8,
+        19,
+        0,
+        32, // union { b; }
+        21,
+        4 << 24 | 1,
+        8,
+        0,
+        2,
+        0, // struct a { union; }
+        23,
+        12 << 24,
+        0, // function bpf_loop
+        0,
+        1 << 24,
+        4,
+        32, // an integer
+    ];
+    let mut bytes = vec![0x9f, 0xeb, 1, 0];
+    bytes.extend(halves(&[24, 0, types.len() as u32 * 4, types.len() as u32 * 4, strings.len() as u32]));
+    bytes.extend(halves(&types));
+    bytes.extend(strings);
+    bytes
+}
