@@ -9,6 +9,7 @@ use blazesym::symbolize::{
 
 use super::{demangle::readable, names_of, new_symbolizer, resident::shared_read_only_file};
 use crate::{
+    elf,
     fuzzing::{Input, file},
     profile::{FrameName, printable},
 };
@@ -29,10 +30,13 @@ pub fn symbols(bytes: &[u8]) {
     let mut input = Input(bytes);
     let places: [u64; 4] = std::array::from_fn(|_| u64::from(u16::from_le_bytes(input.bytes())));
     let file = file(input.0);
-    let mut elf = Elf::new(PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())));
-    elf.debug_syms = false;
+    if !elf::summarize(&file).is_some_and(|summary| summary.is_nameable) {
+        return;
+    }
+    let mut source = Elf::new(PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())));
+    source.debug_syms = false;
     let symbolizer = new_symbolizer();
-    let names = names_of(symbolizer.symbolize(&Source::Elf(elf), Places::FileOffset(&places)), places.len());
+    let names = names_of(symbolizer.symbolize(&Source::Elf(source), Places::FileOffset(&places)), places.len());
     assert_eq!(names.len(), places.len());
     for name in names {
         if let FrameName::Function(name) = name {
