@@ -27,21 +27,25 @@ const PIECE: usize = 400;
 /// Makes the seeds of every target.
 pub(super) fn make(folder: &Path) -> Outcome {
     let seeds = Seeds { folder: folder.join("seeds") };
-    let program = Program::compile(folder)?;
-    let file = fs::read(&program.path).map_err(|error| format!("{}: {error}", program.path.display()))?;
+    let program = compile(folder, "program", &["-fasynchronous-unwind-tables"])?;
+    let debug_program = compile(folder, "debug-program", &["-fno-asynchronous-unwind-tables", "-g1"])?;
+    let file = fs::read(&program).map_err(|error| format!("{}: {error}", program.display()))?;
     for target in ["elf", "executable"] {
         seeds.add(target, "program", &file)?;
     }
     seeds.add("symbols", "program", &[&[0; 8], &file[..]].concat())?;
-    let section = |name: &str| section(&program.path, name, folder).unwrap_or_default();
-    let (eh_frame, debug_frame, text) = (section(".eh_frame"), section(".debug_frame"), section(".text"));
+    let section_of = |program: &Path, name: &str| {
+        section(program, name, folder).ok_or_else(|| format!("{} has no {name}", program.display()))
+    };
+    let (eh_frame, text) = (section_of(&program, ".eh_frame")?, section_of(&program, ".text")?);
+    let debug_frame = section_of(&debug_program, ".debug_frame")?;
     seeds.add("eh_frame", "program", &[&[0; 16], &eh_frame[..]].concat())?;
     seeds.add("debug_frame", "program", &debug_frame)?;
     seeds.add("guessed_code", "program", &[&[0; 12], &text[..]].concat())?;
     for (index, library) in LIBRARIES.iter().map(Path::new).filter(|library| library.is_file()).enumerate() {
         let name = format!("library{index}");
-        let piece = |section: &str| -> Vec<u8> {
-            self::section(library, section, folder).unwrap_or_default().into_iter().take(PIECE).collect()
+        let piece = |part: &str| -> Vec<u8> {
+            section(library, part, folder).unwrap_or_default().into_iter().take(PIECE).collect()
         };
         seeds.add("eh_frame", &name, &[&[0; 16], &piece(".eh_frame")[..]].concat())?;
         seeds.add("guessed_code", &name, &[&[0; 12], &piece(".text")[..]].concat())?;
@@ -60,9 +64,14 @@ pub(super) fn make(folder: &Path) -> Outcome {
         let parts = [(".text", 0x1000, 1, &text[..]), (".gopclntab", 0x9000, 0, table)];
         seeds.add("sections", &format!("go-{number}"), &sections(&parts))?;
     }
-    let parts = [(".text", 0x1000, 1, &text[..]), (".eh_frame", 0x8000, 0, &eh_frame), (".plt", 0x800, 1, &[0; 64])];
+    let place = |program: &Path, name: &str| address(program, name).unwrap_or_default();
+    let parts = [
+        (".text", place(&program, ".text"), 1, &text[..]),
+        (".eh_frame", place(&program, ".eh_frame"), 0, &eh_frame),
+        (".plt", 0x800, 1, &[0; 64]),
+    ];
     seeds.add("sections", "eh_frame", &sections(&parts))?;
-    let parts = [(".text", 0x1000, 1, &text[..]), (".debug_frame", 0, 0, &debug_frame)];
+    let parts = [(".text", place(&debug_program, ".text"), 1, &text[..]), (".debug_frame", 0, 0, &debug_frame)];
     seeds.add("sections", "debug_frame", &sections(&parts))?;
     seeds.add("btf", "struct", &btf())?;
     for name in ["maps", "stat"] {
@@ -128,21 +137,17 @@ impl Seeds {
     }
 }
 
-/// The small program, compiled.
-struct Program {
-    path: PathBuf,
-}
-
-impl Program {
-    fn compile(folder: &Path) -> Result<Self, String> {
-        let (source, path) = (folder.join("program.c"), folder.join("program"));
-        fs::write(&source, PROGRAM).map_err(|error| format!("{}: {error}", source.display()))?;
-        run(Command::new("gcc")
-            .args(["-Os", "-g1", "-nostdlib", "-static", "-fcf-protection=none", "-Wl,--nmagic,--build-id=sha1", "-o"])
-            .arg(&path)
-            .arg(&source))?;
-        Ok(Self { path })
-    }
+/// Compiles the small program, with tables as the flags say.
+fn compile(folder: &Path, name: &str, tables: &[&str]) -> Result<PathBuf, String> {
+    let (source, path) = (folder.join("program.c"), folder.join(name));
+    fs::write(&source, PROGRAM).map_err(|error| format!("{}: {error}", source.display()))?;
+    run(Command::new("gcc")
+        .args(["-Os", "-nostdlib", "-static", "-fno-ident", "-fcf-protection=none"])
+        .args(tables)
+        .args(["-Wl,--nmagic,--build-id=sha1,-Ttext-segment=0x10000", "-o"])
+        .arg(&path)
+        .arg(&source))?;
+    Ok(path)
 }
 
 /// The contents of a section.
@@ -153,6 +158,13 @@ fn section(file: &Path, name: &str, folder: &Path) -> Option<Vec<u8>> {
     let dump = format!("{name}={}", contents.display());
     output(Command::new("objcopy").arg("--dump-section").arg(dump).arg(file).arg(folder.join("copy")))?;
     fs::read(contents).ok()
+}
+
+/// The address of a section, as `readelf` prints it after the section's name and type.
+fn address(file: &Path, name: &str) -> Option<u32> {
+    let sections = output(Command::new("readelf").args(["--sections", "--wide"]).arg(file))?;
+    let (_, line) = sections.split_once(&format!(" {name} "))?;
+    u32::from_str_radix(line.split_ascii_whitespace().nth(1)?, 16).ok()
 }
 
 /// An input of the target `sections`: name, address, flags and contents of some of them.
