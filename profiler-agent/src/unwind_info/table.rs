@@ -84,6 +84,8 @@ pub(super) struct TableWriter {
     table: Table,
     /// Rule in force at the end of what was written.
     current: u16,
+    /// Where that rule begins.
+    last: u64,
     max_rows: usize,
 }
 
@@ -95,15 +97,18 @@ impl TableWriter {
         let (Ok(base), true) = (u32::try_from(first), pages <= MAX_PAGES as u64) else {
             return Err(TooLarge::Pages);
         };
-        Ok(Self { table: Table { base, ..Table::default() }, current: NO_RULE, max_rows })
+        let table = Table { base, ..Table::default() };
+        Ok(Self { table, current: NO_RULE, last: first << PAGE_SHIFT, max_rows })
     }
 
-    /// From `address` on, `rule` holds. Addresses must not fall.
+    /// From `address` on, `rule` holds. An address that falls counts as the last one: what a file says about
+    /// overlapping pieces of code may be in any order.
     pub(super) fn push(&mut self, address: u64, rule: u16) -> Result<(), TooLarge> {
         if rule == self.current {
             return Ok(());
         }
-        let address = address.max(u64::from(self.table.base) << PAGE_SHIFT);
+        let address = address.max(self.last);
+        self.last = address;
         // SANITY: `new` limits the span to MAX_PAGES, and callers stay within it.
         let page = ((address >> PAGE_SHIFT) - u64::from(self.table.base)).min(MAX_PAGES as u64) as usize;
         self.reach_page(page);
@@ -174,6 +179,14 @@ mod tests {
     #[test]
     fn rows_are_changes() {
         check(&[(0x1_0000, 5), (0x1_0004, 5), (0x1_0008, 6), (0x1_0008, 7)], &[&[(0, 5), (8, 7)]]);
+    }
+
+    /// Rows stay in order whatever order they come in, also across pages.
+    #[test]
+    fn addresses_never_fall() {
+        check(&[(0x1_0020, 5), (0x1_001f, 6), (0x1_0030, 7)], &[&[(0, 0), (0x20, 6), (0x30, 7)]]);
+        check(&[(0x1_0000, 5), (0x2_0000, 6), (0x1_ffff, 7)], &[&[(0, 5)], &[(0, 7)]]);
+        check(&[(0x800, 5), (0x1_0008, 6)], &[&[(0, 5), (8, 6)]]);
     }
 
     /// Spans and row counts that no real file has are refused.
