@@ -107,22 +107,27 @@ pub fn table(bytes: &[u8]) {
     let max_rows = usize::from(input.byte());
     let Ok(mut writer) = TableWriter::new(start, start + span, max_rows) else { return };
     // From which address on which rule holds.
-    let mut pushed = vec![(0, NO_RULE)];
+    let mut pushed = vec![(start >> PAGE_SHIFT << PAGE_SHIFT, NO_RULE)];
     let mut address = start;
     for _ in 0..MAX_PUSHED {
         if input.is_empty() {
             break;
         }
         let distance = u64::from(u32::from_le_bytes([input.byte(), input.byte(), input.byte() % 4, 0]));
-        let rule = u16::from(input.byte() % 8);
+        let byte = input.byte();
+        let (rule, falls_by) = (u16::from(byte % 8), u64::from(byte >> 6));
         address += distance;
         if address >= start + span {
             break;
         }
-        if writer.push(address, rule).is_err() {
+        // One that falls counts as the last one.
+        if writer.push(address.saturating_sub(falls_by), rule).is_err() {
             return;
         }
-        pushed.push((address, rule));
+        let last = pushed.last().copied().unwrap_or_default();
+        if rule != last.1 {
+            pushed.push((address.saturating_sub(falls_by).max(last.0), rule));
+        }
     }
     // The builder ends every table like this.
     if writer.push(start + span, NO_RULE).is_err() {
@@ -134,7 +139,8 @@ pub fn table(bytes: &[u8]) {
     for &(address, _) in &pushed[1..] {
         for asked in [address, address.saturating_sub(1)] {
             let after = pushed.partition_point(|(address, _)| *address <= asked);
-            assert_eq!(rule_at(&table, asked), pushed[after - 1].1, "{asked:#x}");
+            let expected = after.checked_sub(1).map_or(NO_RULE, |index| pushed[index].1);
+            assert_eq!(rule_at(&table, asked), expected, "{asked:#x}");
         }
     }
 }

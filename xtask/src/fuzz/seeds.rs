@@ -72,6 +72,11 @@ pub(super) fn make(folder: &Path) -> Outcome {
     ];
     seeds.add("sections", "eh_frame", &sections(&parts))?;
     let parts = [(".text", place(&debug_program, ".text"), 1, &text[..]), (".debug_frame", 0, 0, &debug_frame)];
+    // The second piece of code begins in the first, and has a signal trampoline there.
+    let trampoline = [&[0x53, 0x50, 0x58, 0x5b, 0xc3][..], &[0xcc; 11], &[0x48, 0xc7, 0xc0, 15, 0, 0, 0, 0x0f, 5]];
+    let trampoline = [&trampoline.concat()[..], &[0x90; 64]].concat();
+    let overlapping = [(".text", 0x1_0000, 1, &[0x53, 0xc3].repeat(32)[..]), (".init", 0x1_0020, 1, &trampoline)];
+    seeds.add("sections", "overlapping", &sections(&overlapping))?;
     seeds.add("sections", "debug_frame", &sections(&parts))?;
     seeds.add("btf", "struct", &btf())?;
     for name in ["maps", "stat"] {
