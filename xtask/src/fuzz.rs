@@ -40,7 +40,7 @@ const TARGETS: &[(&str, u32)] = &[
     ("notices", 256),
     ("proc_text", 256),
     ("raw_sample", 256),
-    ("sections", 512),
+    ("sections", 384),
     ("symbols", 1536),
     ("table", 512),
     ("unwind_step", 512),
