@@ -23,9 +23,11 @@ use crate::{
 const EXECUTIONS: u64 = 10_000_000;
 /// An input that takes longer than this many seconds, or more memory than this many MiB, is a finding.
 const LIMITS: [&str; 2] = ["-timeout=5", "-rss_limit_mb=1024"];
+/// A target's name, and the longest input that it is given.
+type Target = (&'static str, u32);
 /// Targets, and the longest input that each is given: long enough for what it parses to have every part, short enough
 /// to be parsed in some microseconds.
-const TARGETS: &[(&str, u32)] = &[
+const TARGETS: &[Target] = &[
     ("btf", 256),
     ("config", 128),
     ("debug_frame", 512),
@@ -84,7 +86,7 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
     }
 }
 
-fn choose(arguments: &[String]) -> Result<(Vec<(&'static str, u32)>, u64), String> {
+fn choose(arguments: &[String]) -> Result<(Vec<Target>, u64), String> {
     let mut targets = Vec::new();
     let mut executions = EXECUTIONS;
     let mut words = arguments.iter();
