@@ -101,14 +101,20 @@ pub fn raw_sample(bytes: &[u8]) {
     let mut header = SampleHeader {
         count: sample.count,
         process: sample.process,
-        kernel_frames: sample.kernel.len() as u16,
-        user_frames: sample.user.len() as u16,
+        blocked_ns: sample.waited.blocked_ns,
+        queued_ns: sample.waited.queued_ns,
+        waits: u64::from(sample.waited.ended) << 32 | u64::from(sample.waited.began),
+        hash: sample.key.hash,
+        kernel_frames: sample.key.shape as u16,
+        user_frames: (sample.key.shape >> 16) as u16,
         kind: sample.kind as u8,
         user_end: sample.end as u8,
+        is_reference: u8::from(sample.is_reference),
         ..SampleHeader::default()
     };
-    header.process_comm.copy_from_slice(&bytes[24..40]);
-    header.thread_comm.copy_from_slice(&bytes[40..56]);
+    // The names as they were.
+    let (given, _) = SampleHeader::read_from_prefix(bytes).expect("it was decoded");
+    (header.process_comm, header.thread_comm) = (given.process_comm, given.thread_comm);
     let mut encoded = header.as_bytes().to_vec();
     encoded.extend(sample.kernel.iter().chain(&sample.user).flat_map(|word| word.to_ne_bytes()));
     assert_eq!(RawSample::decode(&encoded), Ok(sample));
