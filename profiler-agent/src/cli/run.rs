@@ -76,7 +76,7 @@ Configuration file, with the defaults:
   sampling:
     frequency: 99
     event: on-cpu
-    wait_stacks: 2000
+    wait_stacks: 500
     min_wait: 0s
   unwind:
     table_mib: 64

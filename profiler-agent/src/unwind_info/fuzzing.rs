@@ -35,7 +35,9 @@ pub fn eh_frame(bytes: &[u8]) {
     let mut input = Input(bytes);
     let (address, text) = (input.word(), input.word());
     let mut frames = dwarf::eh_frame(input.0, address, text);
-    for function in frames.functions() {
+    let mut functions = Vec::new();
+    frames.functions(|function| functions.push(function));
+    for function in functions {
         check_rows(function, bytes.len(), |row| frames.rows(function, row));
     }
 }
@@ -43,7 +45,9 @@ pub fn eh_frame(bytes: &[u8]) {
 /// `.debug_frame`.
 pub fn debug_frame(bytes: &[u8]) {
     let mut frames = dwarf::debug_frame(bytes);
-    for function in frames.functions() {
+    let mut functions = Vec::new();
+    frames.functions(|function| functions.push(function));
+    for function in functions {
         check_rows(function, bytes.len(), |row| frames.rows(function, row));
     }
 }
@@ -51,7 +55,7 @@ pub fn debug_frame(bytes: &[u8]) {
 /// Go's `.gopclntab`.
 pub fn go_table(bytes: &[u8]) {
     let Some(mut table) = GoTable::parse(bytes.to_vec()) else { return };
-    for function in table.functions() {
+    for function in table.functions().collect::<Vec<_>>() {
         check_rows(function, bytes.len(), |row| table.rows(function, row));
     }
 }

@@ -329,7 +329,7 @@ mod tests {
         // Up by 1 for 4 bytes, up by 24 for 12, down by 24 for 16; the end.
         let depths = [2, 4, 48, 12, 47, 16, 0];
         let mut table = table(names, &depths, &[(0, 24), (0x20, 44), (0x40, 0)], &records);
-        let functions = table.functions();
+        let functions: Vec<Function> = table.functions().collect();
         assert_eq!(
             functions.iter().map(|f| (f.start, f.end)).collect::<Vec<_>>(),
             [(0x1000, 0x1020), (0x1020, 0x1040)]
@@ -345,7 +345,7 @@ mod tests {
     fn limits_its_work() {
         let mut table = table(&b"runtime.goexit\0".repeat(1000), &[2, 1], &[(0, 16), (0x20, 0)], &record(1, 0));
         assert_eq!(table.special.len(), MAX_SPECIAL);
-        let function = table.functions()[0];
+        let function = table.functions().next().expect("a function");
         table.work = MAX_WORK;
         assert_eq!(table.rows(function, |_, _| {}), Err(function.start));
     }

@@ -61,6 +61,8 @@ pub struct WaitSite {
     pub used_ns: u64,
     /// The row of the last sampled wait here.
     pub key: SampleKey,
+    /// Zero: a place is as large as a cache line.
+    pub padding: u64,
 }
 
 /// One CPU's ration of stacks.
@@ -101,6 +103,6 @@ pub struct WaitControl {
 
 const _: () = {
     assert!(size_of::<ThreadWait>() == 64);
-    assert!(size_of::<WaitSite>() == 56);
+    assert!(size_of::<WaitSite>() == 64);
     assert!(SITES.is_power_of_two());
 };

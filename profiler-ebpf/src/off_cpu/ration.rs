@@ -68,7 +68,7 @@ pub fn choose(ration: &mut Ration, site: Option<&mut WaitSite>, now: u64) -> Cho
 /// Pays out the ration of the time since the last period, and moves the threshold so that it will last.
 #[inline(always)]
 fn next_period(ration: &mut Ration, now: u64, elapsed: u64, rate: u64) {
-    let capacity = (STACK / BURST_DIVISOR) * rate;
+    let capacity = (STACK / BURST_DIVISOR) * rate + 2 * STACK;
     let elapsed = if elapsed > STACK { STACK } else { elapsed };
     let earned = elapsed * rate;
     // (Unless everything is used up: that says enough.)

@@ -35,7 +35,9 @@ impl ProfilesService for Sink {
         let mut by_function: HashMap<(String, String), i64> = HashMap::new();
         for resource in &request.resource_profiles {
             let service = service_name(resource);
-            for sample in resource.scope_profiles.iter().flat_map(|scope| &scope.profiles).flat_map(|p| &p.samples) {
+            let profiles = resource.scope_profiles.iter().flat_map(|scope| &scope.profiles);
+            // (Waits have no period: they are another unit.)
+            for sample in profiles.filter(|profile| profile.period != 0).flat_map(|profile| &profile.samples) {
                 let leaf = leaf_name(&dictionary, sample.stack_index).unwrap_or_else(|| "[no stack]".to_owned());
                 *by_function.entry((service.clone(), leaf)).or_default() += sample.values.iter().sum::<i64>();
             }

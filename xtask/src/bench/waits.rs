@@ -21,8 +21,8 @@ use crate::{
 
 const PAIRS: usize = 7;
 /// Requests, transactions' seconds and turns of one run: a few seconds each.
-const REQUESTS: &str = "200000";
-const SECONDS: &str = "5";
+const REQUESTS: &str = "400000";
+const SECONDS: &str = "6";
 const TURNS: &str = "300000";
 const PORT: &str = "16379";
 /// `BPF_PROG_TYPE_TRACING`.
@@ -43,6 +43,7 @@ pub(super) fn measure(workspace: &Path) -> Outcome {
         install_packages(&missing)?;
     }
     let folder = workspace.join("target/workloads/bench");
+    fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     println!("\n| waits | value |\n|---|---|");
     switches(workspace, &folder)?;
     println!("\n| server, in pairs | without | with `--event both` | change, % |\n|---|---|---|---|");
@@ -89,8 +90,8 @@ impl Drop for Recording {
 fn switches(workspace: &Path, folder: &Path) -> Outcome {
     let output = folder.join("switches.folded");
     let output = output.to_string_lossy();
-    // One stack a second: next to none.
-    let record = || Recording::start(workspace, &["--event", "off-cpu", "--wait-stacks", "1", "--output", &output]);
+    // So few stacks that they do not count.
+    let record = || Recording::start(workspace, &["--event", "off-cpu", "--wait-stacks", "20", "--output", &output]);
     let before = fs::read_to_string(BPF_STATISTICS).unwrap_or_default();
     write(BPF_STATISTICS, "1")?;
     let recording = record()?;
@@ -140,22 +141,26 @@ fn turn() -> Result<f64, String> {
 /// Runs a benchmark in pairs and prints them.
 fn pairs(workspace: &Path, recording: &Path, name: &str, once: impl Fn() -> Result<f64, String>) -> Outcome {
     let output = recording.to_string_lossy();
+    // Every measured run follows one that is not: caches fill, disks settle, and what a recording learns and names once
+    // is no part of what it costs.
+    let warm = || {
+        once()?;
+        once()
+    };
     let with_recording = || -> Result<f64, String> {
         let recording = Recording::start(workspace, &["--event", "both", "--output", &output])?;
-        let result = once()?;
+        let result = warm()?;
         recording.finish()?;
         Ok(result)
     };
-    // The first run fills caches.
-    once()?;
     let mut changes = Vec::new();
     for pair in 0..PAIRS {
         let (without, with) = if pair % 2 == 0 {
-            let without = once()?;
+            let without = warm()?;
             (without, with_recording()?)
         } else {
             let with = with_recording()?;
-            (once()?, with)
+            (warm()?, with)
         };
         let change = 100.0 * (with / without - 1.0);
         println!("| {name} | {without:.0} | {with:.0} | {change:+.2} |");
