@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// What one VM may take, from its start to its end.
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_secs(600);
 /// Lines of a console that are shown of a VM that was ended.
 const TAIL: usize = 30;
 const INIT: &str = include_str!("init.sh");
