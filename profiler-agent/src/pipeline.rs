@@ -369,7 +369,8 @@ impl Collector {
             threads.insert(thread, wait);
         });
         // Where the threads could not be read, what has ended is still handed on.
-        let settled = waits.settle(&threads, *now.as_ref().ok().and_then(Option::as_ref).unwrap_or(&0), is_last);
+        let now_ns = now.as_ref().map_or(0, |now| now.unwrap_or(0));
+        let settled = waits.settle(&threads, now_ns, is_last);
         for sample in &settled {
             self.stats.count_wait_end(sample.end, sample.time_ns);
         }
@@ -444,6 +445,6 @@ fn close_window(window: &mut Window, profiles: &mpsc::Sender<Profile>, stats: &S
     let total = profile.total();
     if profiles.try_send(profile).is_err() {
         stats.dropped_queue_full.add(total);
-        warn!("exporters are behind: a window of {} samples was dropped", total.samples);
+        warn!("exporters are behind: a window of {total} was dropped");
     }
 }

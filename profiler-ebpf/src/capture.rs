@@ -12,7 +12,13 @@ use profiler_common::{
     unwind::pt_regs,
 };
 
-use crate::{aggregate::mix, layout::loaded, lifecycle, memory::kernel, unwind::Scratch};
+use crate::{
+    aggregate::mix,
+    layout::loaded,
+    lifecycle,
+    memory::kernel,
+    unwind::{self, Scratch},
+};
 
 /// Task flag (`include/linux/sched.h`): the thread is exiting.
 const PF_EXITING: u32 = 0x4;
@@ -84,9 +90,23 @@ pub fn kernel_stack(ctx: &impl EbpfContext, scratch: &mut Scratch, skipped: u8) 
     scratch.sample.header.kernel_frames = recorded as u16;
 }
 
+/// Records the user stack, if there is one; `walk` drives the walk. `in_kernel`: `user_registers` are still those of
+/// kernel mode.
+#[inline(always)]
+pub fn user_stack<C>(ctx: &C, scratch: &mut Scratch, task: u64, in_kernel: bool, walk: impl Fn(&C, &mut Scratch)) {
+    if !has_user_stack(scratch, task, in_kernel) {
+        return;
+    }
+    if scratch.is_exiting == 0 {
+        lifecycle::announce(&scratch.sample.header.process, scratch.user_registers[pt_regs::RIP]);
+    }
+    unwind::start(scratch);
+    walk(ctx, scratch);
+}
+
 /// Whether there is a user stack that can be walked from `user_registers`; if not, the header says why.
 #[inline(always)]
-pub fn has_user_stack(scratch: &mut Scratch, task: u64, in_kernel: bool) -> bool {
+fn has_user_stack(scratch: &mut Scratch, task: u64, in_kernel: bool) -> bool {
     let flags: u32 = kernel(task, loaded!(LAYOUT.task_flags));
     scratch.is_exiting = u8::from(flags & PF_EXITING != 0);
     if flags & loaded!(SETTINGS.no_user_mode_flags) != 0 {

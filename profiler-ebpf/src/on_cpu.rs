@@ -12,7 +12,7 @@ use profiler_common::{
 };
 
 use crate::{
-    aggregate, capture, lifecycle,
+    aggregate, capture,
     maps::{self, WALK_ON, count},
     scope,
     unwind::{self, Scratch},
@@ -52,13 +52,7 @@ pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&PerfEventContext, &mut Scra
     if in_kernel {
         capture::kernel_stack(ctx, scratch, 0);
     }
-    if capture::has_user_stack(scratch, task, in_kernel) {
-        if scratch.is_exiting == 0 {
-            lifecycle::announce(&scratch.sample.header.process, scratch.user_registers[pt_regs::RIP]);
-        }
-        unwind::start(scratch);
-        walk(ctx, scratch);
-    }
+    capture::user_stack(ctx, scratch, task, in_kernel, walk);
     finish(scratch);
 }
 

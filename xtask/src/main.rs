@@ -29,7 +29,7 @@ Commands:
   build   build agent and kernel programs in release mode
   run     set up, build, and profile this machine: starts the agent and a receiver that prints what arrives
   test    set up, build, and run every test this machine can run
-  bench   measure what profiling costs on a fixed set of programs (as root)
+  bench   measure what profiling costs: a fixed set of programs, and waits [programs|waits] (as root)
   fuzz    feed every parser of untrusted bytes with what a fuzzer makes; 10 million inputs each, or --executions N
   kernels record known programs on other kernels, in VMs; kernels are chosen by version, all by default
   tidy    check format, lints and layout rules

@@ -228,7 +228,7 @@ async fn export(
                 Err(error) => {
                     stats.dropped_refused.add(tally);
                     if reachable {
-                        warn!("{} samples were dropped: {}: {error}", tally.samples, client.endpoint());
+                        warn!("{tally} were dropped: {}: {error}", client.endpoint());
                     }
                     reachable = false;
                 }

@@ -1,6 +1,6 @@
 //! What a profile measures, and how much of it there is.
 
-use std::{iter::Sum, ops::AddAssign, time::Duration};
+use std::{fmt, iter::Sum, ops::AddAssign, time::Duration};
 
 use clap::ValueEnum;
 use profiler_common::abi::sample::EventKind;
@@ -52,6 +52,16 @@ impl Tally {
     /// Time off the CPU.
     pub fn off_cpu(self) -> Duration {
         Duration::from_nanos(self.off_cpu_ns)
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} samples", self.samples)?;
+        if self.off_cpu_ns != 0 {
+            write!(f, " and {:.3} s off the CPU", self.off_cpu().as_secs_f64())?;
+        }
+        Ok(())
     }
 }
 

@@ -14,20 +14,16 @@ use aya_ebpf::{
     helpers::{bpf_get_current_pid_tgid, generated::bpf_ktime_get_ns},
     programs::BtfTracePointContext,
 };
-use profiler_common::{
-    abi::{
-        counter::Counter,
-        sample::{EventKind, SampleKey, StackEnd},
-        waits::{Ration, ThreadWait},
-    },
-    unwind::pt_regs,
+use profiler_common::abi::{
+    counter::Counter,
+    sample::{EventKind, SampleKey, StackEnd},
+    waits::{Ration, ThreadWait},
 };
 
 use crate::{
     aggregate::{self, mix},
     capture,
     layout::loaded,
-    lifecycle,
     maps::{self, RATIONS, WAIT_CONTROL, WAIT_WALK_ON, count},
     scope,
     unwind::{self, Scratch},
@@ -293,13 +289,7 @@ fn take_stack(
     capture::identify(&mut scratch.sample.header, task, tgid, kind as u8);
     scratch.sample.header.waits = 1;
     kernel_stack(ctx, scratch);
-    if capture::has_user_stack(scratch, task, true) {
-        if scratch.is_exiting == 0 {
-            lifecycle::announce(&scratch.sample.header.process, scratch.user_registers[pt_regs::RIP]);
-        }
-        unwind::start(scratch);
-        walk(ctx, scratch);
-    }
+    capture::user_stack(ctx, scratch, task, true, walk);
     finish(scratch);
 }
 

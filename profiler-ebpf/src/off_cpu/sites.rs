@@ -15,13 +15,9 @@ use crate::{aggregate::mix, capture, layout::loaded, maps::WAIT_SITES, memory::a
 /// Where the thread waits, as far as its user registers tell: see [`WaitSite::tag`].
 #[inline(always)]
 pub fn tag(task: u64, tgid: u32, kind: EventKind) -> u32 {
-    let registers = if loaded!(SETTINGS.has_task_pt_regs) == 1 {
-        // SAFETY: the helper takes a task that the verifier knows.
-        unsafe { bpf_task_pt_regs(task as *mut _) }.cast_unsigned()
-    } else {
-        0
-    };
     let (pc, stack) = if loaded!(SETTINGS.has_task_pt_regs) == 1 {
+        // SAFETY: the helper takes a task that the verifier knows.
+        let registers = unsafe { bpf_task_pt_regs(task as *mut _) }.cast_unsigned();
         (member::<u64>(registers, (pt_regs::RIP * 8) as u32), member::<u64>(registers, (pt_regs::RSP * 8) as u32))
     } else {
         (capture::saved_register(task, pt_regs::RIP), capture::saved_register(task, pt_regs::RSP))
