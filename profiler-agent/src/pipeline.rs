@@ -363,7 +363,7 @@ impl Collector {
         let mut threads = HashMap::new();
         let idle = if is_last { Duration::ZERO } else { SITE_IDLE };
         self.kernel.take_wait_dues(idle, |due| {
-            waits.add_due(&due, || self.table.without_stack(due.tgid, EventKind::Blocked, StackEnd::Rationed));
+            waits.add_due(&due, || self.table.without_stack(due.key.tgid, EventKind::Blocked, StackEnd::Rationed));
         });
         let now = self.kernel.waiting_threads(|thread, wait| {
             threads.insert(thread, wait);

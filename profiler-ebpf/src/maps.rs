@@ -163,9 +163,10 @@ pub static WALK_ON: ProgramArray<1> = ProgramArray::new();
 pub static WAIT_WALK_ON: ProgramArray<1> = ProgramArray::new();
 
 /// Threads that were seen to leave a CPU: slots that are indexed by the low bits of the thread's ID, since that takes
-/// a tenth of the time of a hash map's lookup. They are freed when the thread ends.
+/// a tenth of the time of a hash map's lookup. They are freed when the thread ends. Memory-mapped, so that the agent can
+/// look through them at no cost.
 #[btf_map]
-pub static THREADS: Array<ThreadWait, THREAD_SLOTS> = Array::new();
+pub static THREADS: Array<ThreadWait, THREAD_SLOTS, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 /// Threads whose slot is another's.
 #[btf_map]

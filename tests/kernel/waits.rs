@@ -100,6 +100,44 @@ fn waiting_for_a_cpu_is_what_the_kernel_says() {
     assert!(in_loop as f64 / 1e6 >= 0.95 * ours, "the stacks do not show the loop");
 }
 
+/// The scheduler's own books of when threads are ready to run say what watching them wake up says. (Two recordings of
+/// one program, on CPUs that others want too. The books begin some microseconds earlier: making a thread ready takes
+/// that long where its data is in no cache, and the tracepoint is at its end.)
+#[test]
+fn wakeups_need_not_be_watched() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let folder = scratch("wakeups");
+    let file = folder.join("data");
+    fs::write(&file, vec![7; 16 << 20]).expect("a file to read");
+    let by_books = folder.join("books.folded").to_string_lossy().into_owned();
+    let by_watching = folder.join("watching.folded").to_string_lossy().into_owned();
+    let _burners: Vec<Background> =
+        (0..3).map(|_| Background::start(Command::new(workload("burner")).args(["1", "60"]))).collect();
+    let inner = record(&["--event", "off-cpu", "--wait-stacks", "0", "--output", &by_books, "--"]);
+    let mut outer = record(&["--event", "off-cpu", "--wait-stacks", "0", "--watch-wakeups", "--output", &by_watching]);
+    outer.arg("--").arg(inner.get_program()).args(inner.get_args());
+    let outcome = run(outer.arg(native(Native::Waits)).arg("10").arg(&file));
+    assert!(outcome.status.success(), "{}", stderr(&outcome));
+    let times = |file: &str| {
+        let stacks = folded(&fs::read_to_string(file).expect("a recording"));
+        // (Not by function: each agent learns their names in its own time.)
+        let is_ours = |stack: &Folded| stack.frames[0] == "shapes-waits";
+        let is_queued = |stack: &Folded| stack.frames.last().is_some_and(|leaf| leaf == "[run queue]");
+        let queued = total(&stacks, |stack| is_ours(stack) && is_queued(stack)) as f64 / 1e6;
+        (total(&stacks, is_ours) as f64 / 1e6 - queued, queued)
+    };
+    let ((blocked, queued), (blocked_watched, queued_watched)) = (times(&by_books), times(&by_watching));
+    println!(
+        "blocked {blocked:.3} s by the books, {blocked_watched:.3} s by watching; waiting for a CPU {queued:.3} s, \
+         {queued_watched:.3} s"
+    );
+    assert!(queued_watched > 0.5, "the CPUs were idle");
+    assert!((blocked / blocked_watched - 1.0).abs() < 0.01);
+    assert!((queued - queued_watched).abs() < 0.1, "of some 14,000 waits");
+}
+
 /// A wait that does not end is seen while it lasts; one that is ended by a signal, once.
 #[test]
 fn waits_under_way_are_seen() {

@@ -78,6 +78,7 @@ fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
         rows: BufferRows::for_rate(1, 1, 1),
         debug_log: false,
         walk_in_parts: false,
+        watch_wakeups: false,
     };
     let mut kernel = match Kernel::load(&options) {
         Ok(kernel) => kernel,

@@ -68,6 +68,9 @@ pub(super) struct Arguments {
     /// Walk stacks as on kernels without bpf_loop.
     #[arg(long, hide = true)]
     walk_in_parts: bool,
+    /// Watch threads wake up, as on kernels whose scheduler keeps no books of it.
+    #[arg(long, hide = true)]
+    watch_wakeups: bool,
     /// A command to start and record, with everything it starts.
     #[arg(last = true, value_name = "CMD")]
     command: Vec<std::ffi::OsString>,
@@ -92,6 +95,7 @@ struct Recording {
     output: Output,
     btf: PathBuf,
     walk_in_parts: bool,
+    watch_wakeups: bool,
     command: Vec<std::ffi::OsString>,
 }
 
@@ -139,6 +143,7 @@ impl Arguments {
             output: Output::open(path)?,
             btf: self.btf,
             walk_in_parts: self.walk_in_parts,
+            watch_wakeups: self.watch_wakeups,
             command: self.command,
         })
     }
@@ -273,6 +278,7 @@ fn start_sampling(recording: &Recording, logging: Logging) -> anyhow::Result<(Ke
         ),
         debug_log: logging.kernel_debug,
         walk_in_parts: recording.walk_in_parts,
+        watch_wakeups: recording.watch_wakeups,
     })?;
     kernel.attach_notices()?;
     for &pid in &recording.pids {

@@ -76,7 +76,7 @@ Configuration file, with the defaults:
   sampling:
     frequency: 99
     event: on-cpu
-    wait_stacks: 500
+    wait_stacks: 100
     min_wait: 0s
   unwind:
     table_mib: 64
@@ -130,6 +130,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         rows: BufferRows::for_rate(cpus, rows_per_second(config.events, config.frequency), DRAIN_INTERVAL.as_secs()),
         debug_log: logging.kernel_debug,
         walk_in_parts: false,
+        watch_wakeups: false,
     })?;
     kernel.attach_notices()?;
     kernel.start()?;

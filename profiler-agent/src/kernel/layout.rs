@@ -1,7 +1,7 @@
 //! The running kernel's struct layout and features, as the kernel programs need them.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{BufRead as _, BufReader},
     path::Path,
 };
@@ -16,7 +16,7 @@ use super::{
 /// Size of an x86_64 kernel stack (`THREAD_SIZE`, `arch/x86/include/asm/page_64_types.h`, without KASAN).
 const THREAD_SIZE: u32 = 16 << 10;
 
-const STRUCTS: &[&str] = &["task_struct", "signal_struct"];
+const STRUCTS: &[&str] = &["task_struct", "signal_struct", "sched_entity", "sched_info", "cfs_rq", "rq"];
 
 /// Optional parts of the kernel that change which programs are loaded.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +27,9 @@ pub struct Features {
     pub task_pt_regs: bool,
     /// `sched_switch` passes the thread's state as its fourth argument (5.18): it cannot have changed since.
     pub switch_state: bool,
+    /// The scheduler keeps books of when threads become ready to run (`CONFIG_SCHED_INFO`, and group scheduling to
+    /// find its clock by).
+    pub queue_times: bool,
 }
 
 /// Flags of threads that never run in user mode (`include/linux/sched.h`): io_uring workers, kernel threads, and
@@ -53,10 +56,13 @@ pub fn read(path: &Path) -> Result<(KernelLayout, Features), KernelError> {
     const CALL_SWITCH: &str = "__traceiter_sched_switch";
     let types = KernelTypes::read(path, STRUCTS, &["bpf_loop", "bpf_task_pt_regs", CALL_SWITCH])?;
     let has_state_by_version = || kernel_version().is_some_and(|version| version >= (5, 18));
+    let queue_times = if keeps_queue_times() { queue_offsets(&types) } else { None };
+    let [task_run_delay, task_last_queued, task_cfs_rq, cfs_rq_rq, rq_clock] = queue_times.unwrap_or_default();
     let features = Features {
         bpf_loop: types.has_function("bpf_loop"),
         task_pt_regs: types.has_function("bpf_task_pt_regs"),
         switch_state: types.parameters(CALL_SWITCH).map_or_else(has_state_by_version, |parameters| parameters >= 5),
+        queue_times: queue_times.is_some(),
     };
     let offset = |structure: &'static str, member: &'static str| {
         types.offset(structure, member).ok_or(KernelError::MissingMember { structure, member })
@@ -74,11 +80,35 @@ pub fn read(path: &Path) -> Result<(KernelLayout, Features), KernelError> {
         // (Renamed in 5.14.)
         task_state: offset("task_struct", "__state").or_else(|_| offset("task_struct", "state"))?,
         task_start_time: offset("task_struct", "start_time")?,
+        task_run_delay,
+        task_last_queued,
+        task_cfs_rq,
+        cfs_rq_rq,
+        rq_clock,
         signal_live: offset("signal_struct", "live")?,
         thread_size: THREAD_SIZE,
         magic: LAYOUT_MAGIC,
     };
     Ok((layout, features))
+}
+
+/// Where the scheduler keeps its books of waiting threads: see [`KernelLayout::task_run_delay`] and the next four.
+fn queue_offsets(types: &KernelTypes) -> Option<[u32; 5]> {
+    let info = types.offset("task_struct", "sched_info")?;
+    Some([
+        info.checked_add(types.offset("sched_info", "run_delay")?)?,
+        info.checked_add(types.offset("sched_info", "last_queued")?)?,
+        types.offset("task_struct", "se")?.checked_add(types.offset("sched_entity", "cfs_rq")?)?,
+        types.offset("cfs_rq", "rq")?,
+        types.offset("rq", "clock")?,
+    ])
+}
+
+/// Whether those books are kept: they may be switched off at boot (before 5.14, with `nodelayacct`). A thread that runs
+/// has been put on a CPU at least once, which is the third number of its `schedstat`.
+fn keeps_queue_times() -> bool {
+    fs::read_to_string("/proc/thread-self/schedstat")
+        .is_ok_and(|times| times.split_ascii_whitespace().nth(2).is_some_and(|count| count != "0"))
 }
 
 /// Where the kernel keeps its scheduler's code: `__sched_text_start` and `__sched_text_end`. `None` where symbols

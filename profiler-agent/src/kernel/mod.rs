@@ -29,13 +29,13 @@ use profiler_common::abi::{
     counter::Counter,
     sample::{LARGE_FRAMES, MEDIUM_FRAMES, SMALL_FRAMES, Sample},
     settings::{SETTINGS_MAGIC, Settings},
-    waits::{ThreadWait, WaitSite},
+    waits::ThreadWait,
 };
 use thiserror::Error;
 use tracing::{debug, warn};
 use zerocopy::IntoBytes as _;
 
-use crate::profile::Events;
+use crate::profile::{Events, WaitDue};
 
 use self::buffers::DoubleBuffer;
 use self::waits::WaitPrograms;
@@ -141,6 +141,8 @@ pub struct Options<'a> {
     pub debug_log: bool,
     /// Walk stacks as on kernels without `bpf_loop`, although this one has it.
     pub walk_in_parts: bool,
+    /// Watch threads wake up, as on kernels whose scheduler keeps no books of it.
+    pub watch_wakeups: bool,
 }
 
 /// How waits are sampled.
@@ -175,7 +177,8 @@ pub struct Kernel {
 impl Kernel {
     /// Loads programs and maps. Nothing is sampled before [`Self::start`].
     pub fn load(options: &Options<'_>) -> Result<Self, KernelError> {
-        let (layout, features) = layout::read(options.btf)?;
+        let (layout, mut features) = layout::read(options.btf)?;
+        features.queue_times &= !options.watch_wakeups;
         let follow_waits = options.events.includes_off_cpu();
         let scheduler = if follow_waits { layout::scheduler_code().unwrap_or_default() } else { (0, 0) };
         let settings = Settings {
@@ -185,6 +188,8 @@ impl Kernel {
             magic: SETTINGS_MAGIC,
             wait_stacks_per_second: options.waits.stacks_per_second,
             has_state_argument: u32::from(features.switch_state),
+            has_queue_times: u32::from(features.queue_times),
+            padding: 0,
             min_wait_ns: u64::try_from(options.waits.min_duration.as_nanos()).unwrap_or(u64::MAX),
             sched_text_start: scheduler.0,
             sched_text_end: scheduler.1,
@@ -232,13 +237,14 @@ impl Kernel {
             program.load().map_err(|error| KernelError::Program { program: clock_program, error })?;
             clock = Some(Clock::new(clock_program, options.frequency));
         }
-        let (waits, waits_refused) = match follow_waits.then(|| WaitPrograms::load(&mut ebpf, &types, in_parts)) {
-            Some(Ok(waits)) => (Some(waits), None),
-            // CPU time alone is better than nothing.
-            Some(Err(error)) if options.events.includes_on_cpu() => (None, Some(error)),
-            Some(Err(error)) => return Err(error),
-            None => (None, None),
-        };
+        let (waits, waits_refused) =
+            match follow_waits.then(|| WaitPrograms::load(&mut ebpf, &types, in_parts, !features.queue_times)) {
+                Some(Ok(waits)) => (Some(waits), None),
+                // CPU time alone is better than nothing.
+                Some(Err(error)) if options.events.includes_on_cpu() => (None, Some(error)),
+                Some(Err(error)) => return Err(error),
+                None => (None, None),
+            };
         drop(types);
         release_free_memory();
         Ok(Self {
@@ -305,7 +311,7 @@ impl Kernel {
     }
 
     /// Takes what places of waits are due (or owe), and frees those that were not used in the last `idle`.
-    pub fn take_wait_dues(&self, idle: Duration, due: impl FnMut(WaitSite)) {
+    pub fn take_wait_dues(&self, idle: Duration, due: impl FnMut(WaitDue)) {
         if let Some(waits) = &self.waits {
             waits.take_dues(idle, due);
         }

@@ -4,7 +4,10 @@ use std::{
     io,
     os::fd::{AsFd as _, AsRawFd as _},
     ptr::{self, NonNull},
-    sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed},
+    sync::atomic::{
+        AtomicI64, AtomicU8, AtomicU32, AtomicU64,
+        Ordering::{Acquire, Relaxed},
+    },
     time::Duration,
 };
 
@@ -16,11 +19,12 @@ use aya::{
 use nix::time::{ClockId, clock_gettime};
 use profiler_common::abi::{
     sample::SampleKey,
-    waits::{MORE_THREADS, Ration, SITES, THREAD_SLOTS, ThreadWait, WaitControl, WaitSite},
+    waits::{Balance, MORE_THREADS, Ration, SITES, THREAD_SLOTS, ThreadWait, USED_SHIFT, WaitControl, WaitSite},
 };
 use zerocopy::FromBytes as _;
 
 use super::{KernelError, commands, program, take_map};
+use crate::profile::WaitDue;
 
 /// The maps of threads.
 const THREADS: &str = "THREADS";
@@ -47,12 +51,12 @@ pub struct WaitTotals {
 /// The programs that follow waits, loaded.
 pub(super) struct WaitPrograms {
     /// Program and, while attached, its link; the one that must come first comes first.
-    programs: [(&'static str, Option<BtfTracePointLinkId>); 2],
-    threads: MapData,
+    programs: Vec<(&'static str, Option<BtfTracePointLinkId>)>,
+    threads: Shared<ThreadWait>,
     more_threads: MapData,
     rations: PerCpuArray<MapData, RationCell>,
     control: Array<MapData, ControlCell>,
-    sites: Sites,
+    sites: Shared<WaitSite>,
     /// The kernel empties it when nobody holds it any more.
     _walk_on: Option<ProgramArray<MapData>>,
 }
@@ -72,7 +76,7 @@ unsafe impl aya::Pod for ControlCell {}
 
 impl WaitPrograms {
     /// Loads the programs; they do nothing before [`Self::attach`].
-    pub(super) fn load(ebpf: &mut Ebpf, types: &Btf, in_parts: bool) -> Result<Self, KernelError> {
+    pub(super) fn load(ebpf: &mut Ebpf, types: &Btf, in_parts: bool, watch_wakeups: bool) -> Result<Self, KernelError> {
         let switch = if in_parts { "off_cpu_in_parts" } else { "off_cpu_loop" };
         let wake = "off_cpu_wake";
         let load = |ebpf: &mut Ebpf, name: &'static str, event: &str| {
@@ -91,27 +95,24 @@ impl WaitPrograms {
             None
         };
         load(ebpf, switch, SWITCH)?;
-        load(ebpf, wake, WAKE)?;
-        let threads = match ebpf.take_map(THREADS) {
-            Some(aya::maps::Map::Array(map)) => map,
-            _ => return Err(KernelError::MissingPart(THREADS)),
-        };
+        let mut programs = vec![(switch, None)];
+        if watch_wakeups {
+            load(ebpf, wake, WAKE)?;
+            programs.insert(0, (wake, None));
+        }
+        let threads = Shared::map(ebpf, THREADS, THREAD_SLOTS)?;
+        let sites = Shared::map(ebpf, SITES_MAP, SITES)?;
         let more_threads = match ebpf.take_map(MORE_THREADS_MAP) {
             Some(aya::maps::Map::HashMap(map)) => map,
             _ => return Err(KernelError::MissingPart(MORE_THREADS_MAP)),
         };
-        let sites = match ebpf.take_map(SITES_MAP) {
-            Some(aya::maps::Map::Array(map)) => map,
-            _ => return Err(KernelError::MissingPart(SITES_MAP)),
-        };
         Ok(Self {
-            programs: [(wake, None), (switch, None)],
+            programs,
             threads,
             more_threads,
             rations: take_map(ebpf, "RATIONS")?,
             control: take_map(ebpf, "WAIT_CONTROL")?,
-            sites: Sites::map(&sites)
-                .map_err(|error| KernelError::System { what: "mapping the places of waits", error })?,
+            sites,
             _walk_on: walk_on,
         })
     }
@@ -140,20 +141,19 @@ impl WaitPrograms {
     /// Calls `thread` for every thread that is waiting; returns when the reading began.
     pub(super) fn threads(&self, mut thread: impl FnMut(u32, ThreadWait)) -> Result<u64, KernelError> {
         let now = monotonic_ns();
-        for map in [&self.threads, &self.more_threads] {
-            commands::read(map.fd().as_fd(), size_of::<u32>(), size_of::<ThreadWait>(), |_, value| {
-                let Ok(wait) = ThreadWait::read_from_bytes(value) else { return };
-                if wait.thread != 0 && wait.began_ns != 0 {
-                    thread(wait.thread, wait);
-                }
-            })
-            .map_err(|error| KernelError::System { what: "reading the waiting threads", error })?;
-        }
+        self.threads.each_waiting(&mut thread);
+        commands::read(self.more_threads.fd().as_fd(), size_of::<u32>(), size_of::<ThreadWait>(), |_, value| {
+            let Ok(wait) = ThreadWait::read_from_bytes(value) else { return };
+            if wait.thread != 0 && wait.began_ns != 0 {
+                thread(wait.thread, wait);
+            }
+        })
+        .map_err(|error| KernelError::System { what: "reading the waiting threads", error })?;
         Ok(now)
     }
 
     /// Takes what places are due (or owe), and frees those that were not used in the last `idle`.
-    pub(super) fn take_dues(&self, idle: Duration, due: impl FnMut(WaitSite)) {
+    pub(super) fn take_dues(&self, idle: Duration, due: impl FnMut(WaitDue)) {
         let idle = u64::try_from(idle.as_nanos()).unwrap_or(u64::MAX);
         self.sites.take_dues(monotonic_ns().saturating_sub(idle), due);
     }
@@ -171,21 +171,25 @@ impl WaitPrograms {
     }
 }
 
-/// The map of places, in this process's memory.
-struct Sites {
-    first: NonNull<WaitSite>,
+/// A map's values, in this process's memory too. Programs change them at any time, so that they are only accessed
+/// atomically, member by member.
+struct Shared<T> {
+    first: NonNull<T>,
+    len: usize,
 }
 
-impl Sites {
-    const BYTES: usize = SITES * size_of::<WaitSite>();
-
-    fn map(map: &MapData) -> io::Result<Self> {
+impl<T> Shared<T> {
+    /// Maps the array `name`, which has `len` values.
+    fn map(ebpf: &mut Ebpf, name: &'static str, len: usize) -> Result<Self, KernelError> {
+        let Some(aya::maps::Map::Array(map)) = ebpf.take_map(name) else {
+            return Err(KernelError::MissingPart(name));
+        };
         let descriptor = map.fd().as_fd().as_raw_fd();
         // SAFETY: a new mapping of the map's values, which the kernel keeps alive for as long as they are mapped.
         let mapped = unsafe {
             libc::mmap(
                 ptr::null_mut(),
-                Self::BYTES,
+                len * size_of::<T>(),
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED,
                 descriptor,
@@ -193,55 +197,109 @@ impl Sites {
             )
         };
         match NonNull::new(mapped.cast()) {
-            Some(first) if mapped != libc::MAP_FAILED => Ok(Self { first }),
-            _ => Err(io::Error::last_os_error()),
+            Some(first) if mapped != libc::MAP_FAILED => Ok(Self { first, len }),
+            _ => Err(KernelError::System { what: "mapping what is known of waits", error: io::Error::last_os_error() }),
         }
     }
 
+    /// The values' addresses, all of them aligned and valid as long as `self`.
+    fn addresses(&self) -> impl Iterator<Item = *mut T> {
+        // SAFETY: the mapping holds `len` values.
+        (0..self.len).map(|index| unsafe { self.first.as_ptr().add(index) })
+    }
+}
+
+impl<T> Drop for Shared<T> {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `map` and is not used any more.
+        unsafe { libc::munmap(self.first.as_ptr().cast(), self.len * size_of::<T>()) };
+    }
+}
+
+// SAFETY: the memory is only accessed atomically, and belongs to no thread.
+unsafe impl<T> Send for Shared<T> {}
+
+impl Shared<ThreadWait> {
+    /// Calls `waiting` for each thread that waits.
+    fn each_waiting(&self, mut waiting: impl FnMut(u32, ThreadWait)) {
+        for slot in self.addresses() {
+            // SAFETY: see `addresses`; each member is accessed atomically.
+            let (thread, began, woken, hash, tgid, shape, weight, kind) = unsafe {
+                (
+                    AtomicU32::from_ptr(&raw mut (*slot).thread),
+                    AtomicU64::from_ptr(&raw mut (*slot).began_ns),
+                    AtomicU64::from_ptr(&raw mut (*slot).woken_ns),
+                    AtomicU64::from_ptr(&raw mut (*slot).key.hash),
+                    AtomicU32::from_ptr(&raw mut (*slot).key.tgid),
+                    AtomicU32::from_ptr(&raw mut (*slot).key.shape),
+                    AtomicU32::from_ptr(&raw mut (*slot).weight),
+                    AtomicU8::from_ptr(&raw mut (*slot).kind),
+                )
+            };
+            let (owner, began_ns) = (thread.load(Relaxed), began.load(Acquire));
+            if owner == 0 || began_ns == 0 {
+                continue;
+            }
+            let wait = ThreadWait {
+                thread: owner,
+                began_ns,
+                woken_ns: woken.load(Relaxed),
+                key: SampleKey { hash: hash.load(Relaxed), tgid: tgid.load(Relaxed), shape: shape.load(Relaxed) },
+                weight: weight.load(Relaxed),
+                kind: kind.load(Acquire),
+                ..ThreadWait::default()
+            };
+            // A wait that ended meanwhile, or became another, was none of what was asked for.
+            if began.load(Relaxed) == began_ns {
+                waiting(owner, wait);
+            }
+        }
+    }
+}
+
+impl Shared<WaitSite> {
     /// Calls `due` for each place that is due something; frees those that were last used before `before_ns`.
-    fn take_dues(&self, before_ns: u64, mut due: impl FnMut(WaitSite)) {
-        for index in 0..SITES {
-            // SAFETY: the mapping holds SITES values, aligned to eight bytes each, and lives as long as `self`. Programs
-            // change them at the same time: each member is only accessed atomically.
-            let (tag, tgid, used, blocked, queued, hash, shape) = unsafe {
-                let site = self.first.as_ptr().add(index);
+    fn take_dues(&self, before_ns: u64, mut due: impl FnMut(WaitDue)) {
+        let before = (before_ns >> USED_SHIFT) as u32;
+        for site in self.addresses() {
+            // SAFETY: see `addresses`; each member is accessed atomically.
+            let (tag, used, hash, tgid, shape, blocked, queued) = unsafe {
                 (
                     AtomicU32::from_ptr(&raw mut (*site).tag),
-                    AtomicU32::from_ptr(&raw mut (*site).tgid),
-                    AtomicU64::from_ptr(&raw mut (*site).used_ns),
-                    AtomicI64::from_ptr(&raw mut (*site).blocked_ns),
-                    AtomicI64::from_ptr(&raw mut (*site).queued_ns),
+                    AtomicU32::from_ptr(&raw mut (*site).used),
                     AtomicU64::from_ptr(&raw mut (*site).key.hash),
+                    AtomicU32::from_ptr(&raw mut (*site).key.tgid),
                     AtomicU32::from_ptr(&raw mut (*site).key.shape),
+                    &raw mut (*site).blocked,
+                    &raw mut (*site).queued,
                 )
             };
             let owner = tag.load(Relaxed);
             if owner == 0 {
                 continue;
             }
-            let tgid = tgid.load(Relaxed);
-            let key = SampleKey { hash: hash.load(Relaxed), tgid, shape: shape.load(Relaxed) };
-            let (blocked_ns, queued_ns) = (blocked.swap(0, Relaxed), queued.swap(0, Relaxed));
-            if used.load(Relaxed) <= before_ns {
+            let key = SampleKey { hash: hash.load(Relaxed), tgid: tgid.load(Relaxed), shape: shape.load(Relaxed) };
+            let (blocked_ns, queued_ns) = (Self::take(blocked), Self::take(queued));
+            if used.load(Relaxed) <= before {
                 // A wait that ends here at this moment leaves its time to whoever has the slot next.
                 tag.store(0, Relaxed);
             }
             if blocked_ns != 0 || queued_ns != 0 {
-                due(WaitSite { tag: owner, tgid, blocked_ns, queued_ns, key, ..WaitSite::default() });
+                due(WaitDue { tag: owner, key, blocked_ns, queued_ns });
             }
         }
     }
-}
 
-impl Drop for Sites {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map` and is not used any more.
-        unsafe { libc::munmap(self.first.as_ptr().cast(), Self::BYTES) };
+    /// What is due, which is none of the balance any more.
+    fn take(balance: *mut Balance) -> i64 {
+        // SAFETY: as in `take_dues`, whose member it is.
+        let (owed, taken) = unsafe {
+            (AtomicI64::from_ptr(&raw mut (*balance).owed_ns), AtomicI64::from_ptr(&raw mut (*balance).taken_ns))
+        };
+        let owed = owed.load(Relaxed);
+        owed.wrapping_sub(taken.swap(owed, Relaxed))
     }
 }
-
-// SAFETY: the memory is only accessed atomically, and belongs to no thread.
-unsafe impl Send for Sites {}
 
 /// The clock of `bpf_ktime_get_ns`.
 fn monotonic_ns() -> u64 {

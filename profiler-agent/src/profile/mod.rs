@@ -15,6 +15,6 @@ pub use self::{
     executable::{Executable, ExecutableId, Segment},
     frame::{Frame, FrameName, FrameType, printable},
     located::{LocatedSample, Location, ProcessInfo},
-    raw::{DecodeError, RawSample, Waited},
+    raw::{DecodeError, RawSample, WaitDue, Waited},
     sample::{Profile, Sample},
 };

@@ -34,6 +34,19 @@ pub struct RawSample {
     pub is_reference: bool,
 }
 
+/// What a place is due: time that its samples were charged too little, or (negative) too much.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaitDue {
+    /// The place: see `WaitSite::tag`.
+    pub tag: u32,
+    /// The row of the last sampled wait there; without a hash, there is none yet.
+    pub key: SampleKey,
+    /// Nanoseconds blocked.
+    pub blocked_ns: i64,
+    /// Nanoseconds waiting for a CPU.
+    pub queued_ns: i64,
+}
+
 /// The part of a row that only waits have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Waited {

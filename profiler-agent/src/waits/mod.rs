@@ -9,10 +9,10 @@ use std::collections::HashMap;
 
 use profiler_common::abi::{
     sample::{EventKind, SampleKey, StackEnd},
-    waits::{ThreadWait, WaitSite},
+    waits::ThreadWait,
 };
 
-use crate::profile::{LocatedSample, Location, Waited};
+use crate::profile::{LocatedSample, Location, WaitDue, Waited};
 
 /// Bytes of stacks that are kept, estimated. Those that have not been needed for longest go first.
 const MAX_BYTES: usize = 16 << 20;
@@ -143,11 +143,11 @@ impl WaitBook {
 
     /// Takes what a place of rationed waits is due, or owes. `stranger` makes the sample for a place whose stack is not
     /// known.
-    pub fn add_due(&mut self, due: &WaitSite, stranger: impl FnOnce() -> LocatedSample) {
+    pub fn add_due(&mut self, due: &WaitDue, stranger: impl FnOnce() -> LocatedSample) {
         let key = if self.known.contains_key(&due.key) {
             due.key
         } else {
-            let key = SampleKey { hash: u64::from(due.tag), tgid: due.tgid, shape: 0 };
+            let key = SampleKey { hash: u64::from(due.tag), tgid: due.key.tgid, shape: 0 };
             self.strangers.entry(key).or_insert_with(stranger);
             key
         };
@@ -403,7 +403,7 @@ mod tests {
     /// What a place is due goes to its stack, or to its process; what it owes is taken off its stack's next cost.
     #[test]
     fn balances_places() {
-        let due = |hash, blocked_ns| WaitSite { tag: 5, tgid: 7, blocked_ns, key: key(hash), ..WaitSite::default() };
+        let due = |hash, blocked_ns| WaitDue { tag: 5, key: key(hash), blocked_ns, queued_ns: 0 };
         let unknown = || sample(0, StackEnd::Rationed);
         let mut book = WaitBook::default();
         begin(&mut book, 1, 1, 1, 10);

@@ -20,6 +20,10 @@ pub struct Settings {
     pub wait_stacks_per_second: u32,
     /// 1: `sched_switch` says in its fourth argument in what state the thread leaves (Linux 5.18 and later).
     pub has_state_argument: u32,
+    /// 1: the scheduler keeps books of when threads become ready to run, so that nobody has to watch them wake up.
+    pub has_queue_times: u32,
+    /// Zero.
+    pub padding: u32,
     /// Waits that are shorter are not exported, nanoseconds.
     pub min_wait_ns: u64,
     /// Where the kernel keeps the code of its scheduler (`__sched_text_start`): stacks of waits begin there. Zero:
@@ -58,6 +62,17 @@ pub struct KernelLayout {
     pub task_state: u32,
     /// `task_struct::start_time`.
     pub task_start_time: u32,
+    /// `task_struct::sched_info.run_delay`: time it has waited for CPUs so far. This and the next four are zero where
+    /// the kernel does not keep these books.
+    pub task_run_delay: u32,
+    /// `task_struct::sched_info.last_queued`: since when it waits for a CPU, by that CPU's `rq::clock`.
+    pub task_last_queued: u32,
+    /// `task_struct::se.cfs_rq`.
+    pub task_cfs_rq: u32,
+    /// `cfs_rq::rq`.
+    pub cfs_rq_rq: u32,
+    /// `rq::clock`.
+    pub rq_clock: u32,
     /// `signal_struct::live`.
     pub signal_live: u32,
     /// Size of a kernel stack, bytes.

@@ -19,7 +19,8 @@ pub const SITES: usize = 16_384;
 pub struct ThreadWait {
     /// When the thread left the CPU (`CLOCK_MONOTONIC`, nanoseconds); zero while it runs.
     pub began_ns: u64,
-    /// When it became runnable again; zero: it has not, or it was all the time.
+    /// When it became ready to run again; zero: it has not, or it was all the time, or the scheduler's own books are
+    /// used.
     pub woken_ns: u64,
     /// The row that has its stack, where one was taken.
     pub key: SampleKey,
@@ -35,11 +36,13 @@ pub struct ThreadWait {
     pub reserved: [u8; 2],
     /// The thread; zero: the slot is free.
     pub thread: u32,
+    /// What the thread had waited for CPUs until then, by the scheduler's books, nanoseconds.
+    pub run_delay_ns: u64,
     /// Zero.
-    pub padding: [u64; 2],
+    pub padding: u64,
 }
 
-/// A place where threads wait, as far as their process, their user registers and the kind of wait tell.
+/// A place where a thread waits, as far as its user registers and the kind of wait tell.
 ///
 /// It knows how long waits last here, which decides how often their stacks are taken, and what the sampled waits
 /// have been charged too little (or too much) for the others: weights alone are right on average, and the balance
@@ -49,20 +52,32 @@ pub struct ThreadWait {
 pub struct WaitSite {
     /// Hash of what makes the place; zero: the slot is free.
     pub tag: u32,
-    /// Whose it is.
-    pub tgid: u32,
-    /// The longest wait lately, fading, nanoseconds.
-    pub expected_ns: u64,
-    /// Time blocked here that no sample was charged with yet; negative: that one was charged with too much.
-    pub blocked_ns: i64,
-    /// The same for time waiting for a CPU.
-    pub queued_ns: i64,
-    /// When a wait last began or ended here (`CLOCK_MONOTONIC`, nanoseconds).
-    pub used_ns: u64,
-    /// The row of the last sampled wait here.
-    pub key: SampleKey,
+    /// The longest wait lately, fading, nanoseconds; anything longer than fits is as good as forever.
+    pub expected_ns: u32,
+    /// When a wait last began or ended here (`CLOCK_MONOTONIC`), in units of 2^[`USED_SHIFT`] nanoseconds.
+    pub used: u32,
     /// Zero: a place is as large as a cache line.
-    pub padding: u64,
+    pub padding: u32,
+    /// The row of the last sampled wait here; its `tgid` is whose place this is.
+    pub key: SampleKey,
+    /// Time blocked here.
+    pub blocked: Balance,
+    /// Time waiting for a CPU.
+    pub queued: Balance,
+}
+
+/// See [`WaitSite::used`]: units of about a second.
+pub const USED_SHIFT: u32 = 30;
+
+/// What a place's samples were charged, against what its waits took. Each member has one writer, so that none needs
+/// a lock.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct Balance {
+    /// The programs': nanoseconds that no sample was charged with; falls where one was charged with more than its own.
+    pub owed_ns: i64,
+    /// The agent's: how much of it has been taken care of.
+    pub taken_ns: i64,
 }
 
 /// One CPU's ration of stacks.
@@ -85,6 +100,11 @@ pub struct Ration {
     pub typical_ns: u64,
     /// State of a generator of random numbers.
     pub random: u64,
+    /// Start of the current comparison of clocks.
+    pub compared_ns: u64,
+    /// How much `CLOCK_MONOTONIC` is ahead of the run queue's clock: the least of this comparison and of the one before,
+    /// nanoseconds.
+    pub ahead_ns: [i64; 2],
     /// Waits that ended.
     pub ended: u64,
     /// Time that threads waited, by kind: index is the `EventKind`.

@@ -4,6 +4,7 @@
 //! stack: only now can its memory be read. When it runs again, on whichever CPU, the row is raised by what it
 //! waited, split at the moment it was woken.
 
+mod queue;
 mod ration;
 mod sites;
 mod threads;
@@ -53,11 +54,14 @@ pub fn switch(ctx: &BtfTracePointContext, walk: impl Fn(&BtfTracePointContext, &
     let ration = unsafe { &mut *ration };
     // SAFETY: the helper has no arguments.
     let now = unsafe { bpf_ktime_get_ns() };
+    if loaded!(SETTINGS.has_queue_times) == 1 {
+        queue::compare_clocks(ration, ctx.arg(2), now);
+    }
     arrive(ctx.arg(2), now, since, ration);
     leave(ctx, now, ration, walk);
 }
 
-/// `sched_wakeup(task)`: from here on the thread only waits for a CPU.
+/// `sched_wakeup(task)`: from here on the thread only waits for a CPU. Used where the scheduler does not tell.
 #[inline(always)]
 pub fn wake(ctx: &BtfTracePointContext) {
     let task: u64 = ctx.arg(0);
@@ -102,6 +106,8 @@ fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
     let total = now.saturating_sub(began);
     let queued = if wait.kind == EventKind::RunQueue as u8 {
         total
+    } else if loaded!(SETTINGS.has_queue_times) == 1 {
+        queue::time_queued(ration, task, wait, now, total)
     } else if wait.woken_ns != 0 {
         now.saturating_sub(wait.woken_ns)
     } else {
@@ -121,8 +127,8 @@ fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
         match site {
             _ if is_short => {}
             Some(site) if wait.unsampled == 0 => {
-                sites::owe(&raw mut site.blocked_ns, blocked);
-                sites::owe(&raw mut site.queued_ns, queued);
+                sites::owe(&mut site.blocked, blocked);
+                sites::owe(&mut site.queued, queued);
             }
             _ => {
                 let (kind, end) = (wait.kind, if wait.unsampled == 0 { RATIONED } else { wait.unsampled });
@@ -139,8 +145,8 @@ fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
     let (mut blocked_ns, mut queued_ns) = (blocked * weight, queued * weight);
     if let Some(site) = site {
         site.key = wait.key;
-        blocked_ns = sites::balance(&raw mut site.blocked_ns, blocked, blocked_ns);
-        queued_ns = sites::balance(&raw mut site.queued_ns, queued, queued_ns);
+        blocked_ns = sites::balance(&mut site.blocked, blocked, blocked_ns);
+        queued_ns = sites::balance(&mut site.queued, queued, queued_ns);
     }
     charge(task, tgid, wait, weight, blocked_ns, queued_ns);
 }
@@ -228,12 +234,12 @@ fn leave(
     ration: &mut Ration,
     walk: impl Fn(&BtfTracePointContext, &mut Scratch),
 ) {
-    let pid_tgid = bpf_get_current_pid_tgid();
-    let (tgid, thread) = ((pid_tgid >> 32) as u32, pid_tgid as u32);
+    let task: u64 = ctx.arg(1);
+    let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
+    let tgid: u32 = member(task, loaded!(LAYOUT.task_tgid));
     if thread == 0 || !scope::includes(tgid) {
         return;
     }
-    let task: u64 = ctx.arg(1);
     let is_preempted = ctx.arg::<u64>(0) & 1 == 1;
     let state: u64 = if loaded!(SETTINGS.has_state_argument) == 1 {
         ctx.arg::<u64>(3) & 0xffff_ffff
@@ -254,10 +260,13 @@ fn leave(
     let Some(wait) = threads::find(thread).or_else(|| threads::remember(thread)) else { return };
     wait.began_ns = now;
     wait.woken_ns = 0;
+    if loaded!(SETTINGS.has_queue_times) == 1 {
+        wait.run_delay_ns = member(task, loaded!(LAYOUT.task_run_delay));
+    }
     wait.kind = kind as u8;
     wait.weight = 0;
     wait.unsampled = 0;
-    let tag = sites::tag(task, tgid, kind);
+    let tag = sites::tag(task, tgid, thread, kind);
     wait.site = tag;
     match ration::choose(ration, sites::claim(tag, tgid, now), now) {
         ration::Choice::Stack(weight) => {

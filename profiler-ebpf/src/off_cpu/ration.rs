@@ -46,15 +46,21 @@ pub fn choose(ration: &mut Ration, site: Option<&mut WaitSite>, now: u64) -> Cho
     if ration.threshold_ns != 0
         && let Some(site) = site
     {
-        let expected = if site.expected_ns == 0 { ration.typical_ns } else { site.expected_ns };
-        weight = ration.threshold_ns / if expected > SHORTEST { expected } else { SHORTEST };
-        if weight > MAX_WEIGHT {
-            weight = MAX_WEIGHT;
-        }
-        if weight <= 1 {
-            weight = 1;
-        } else if (random(ration, now) * weight) >> 32 != 0 {
-            return Choice::Represented;
+        let expected = if site.expected_ns == 0 { ration.typical_ns } else { u64::from(site.expected_ns) };
+        let expected = if expected > SHORTEST { expected } else { SHORTEST };
+        if expected < ration.threshold_ns {
+            let random = random(ration, now);
+            // Most are told apart without a division, which takes as long as all the rest.
+            if (random >> 8) * ration.threshold_ns >= expected << 25 && ration.threshold_ns < expected * MAX_WEIGHT {
+                return Choice::Represented;
+            }
+            weight = ration.threshold_ns / expected;
+            if weight > MAX_WEIGHT {
+                weight = MAX_WEIGHT;
+            }
+            if (random * weight) >> 32 != 0 {
+                return Choice::Represented;
+            }
         }
     }
     ration.wanted += 1;

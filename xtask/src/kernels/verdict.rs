@@ -67,7 +67,7 @@ pub(super) fn runs() -> Vec<Run> {
         // Emulated, learning takes a second, and a rationed stack of that time stands for others too.
         waits("waits", "--event off-cpu --wait-stacks 0", 0.1),
         waits("waits, rationed", "--event off-cpu --wait-stacks 50", 0.5),
-        waits("waits, in parts", "--event off-cpu --wait-stacks 0 --walk-in-parts", 0.1),
+        waits("waits, old ways", "--event off-cpu --wait-stacks 0 --walk-in-parts --watch-wakeups", 0.1),
     ]
 }
 
