@@ -72,8 +72,8 @@ pub struct Options {
     pub period: Duration,
     /// How long a window stays open; `None`: until the end.
     pub window: Option<Duration>,
-    /// Bytes for the cache of named frames.
-    pub frame_cache_bytes: usize,
+    /// Bytes for named frames and for symbols of files.
+    pub names_bytes: usize,
     /// Most bytes of kernel memory for the rows of unwind tables.
     pub unwind_table_bytes: usize,
     /// Report when all of these processes have exited.
@@ -420,7 +420,7 @@ async fn flush_log(log: &mut Option<AsyncFd<DebugLog>>) {
 
 /// The second stage: names frames and fills windows until the collector is done.
 fn name_batches(batches: &Receiver<Batch>, profiles: &mpsc::Sender<Profile>, options: &Options, stats: &Stats) {
-    let mut namer = FrameNamer::new(options.frame_cache_bytes);
+    let mut namer = FrameNamer::new(options.names_bytes);
     let mut window = Window::open(options.events, options.period);
     for batch in batches {
         let frames = namer.name(&batch.samples);

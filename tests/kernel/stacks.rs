@@ -202,7 +202,10 @@ while time.time() < end: zlib.compress(data)
     let stacks = folded(&stdout(&output));
     let all = total(&stacks, |_| true);
     let in_zlib = total(&stacks, |stack| {
-        stack.frames.iter().any(|frame| frame.contains("deflate") || frame.contains("[libz") || frame.contains("[zlib"))
+        stack
+            .frames
+            .iter()
+            .any(|frame| frame.contains("deflate") || frame.contains("libz.so") || frame.contains("zlib."))
     });
     let unmapped = total(&stacks, |stack| stack.frames.iter().any(|frame| frame == "[unmapped]"));
     println!("{in_zlib} of {all} samples in zlib, {unmapped} in unknown places");

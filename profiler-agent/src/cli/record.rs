@@ -28,7 +28,7 @@ use crate::{
 };
 
 const DEFAULT_DURATION: Duration = Duration::from_secs(10);
-const FRAME_CACHE_BYTES: usize = 32 << 20;
+const NAMES_BYTES: usize = 64 << 20;
 /// How long a command that outlives the recording may take to end after being asked to.
 const END_GRACE: Duration = Duration::from_secs(2);
 
@@ -201,7 +201,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
         events: recording.events,
         period: Duration::from_nanos(1_000_000_000 / recording.frequency),
         window: None,
-        frame_cache_bytes: FRAME_CACHE_BYTES,
+        names_bytes: NAMES_BYTES,
         unwind_table_bytes: DEFAULT_TABLE_BYTES,
         watch: (!watch.is_empty()).then_some(watch),
     };

@@ -21,7 +21,7 @@ use crate::{
     status::{self, Stats},
 };
 
-const FRAME_CACHE_BYTES: usize = 16 << 20;
+const NAMES_BYTES: usize = 32 << 20;
 /// Times a request is sent before its samples are given up.
 const SEND_ATTEMPTS: u32 = 5;
 /// Pause before the first repetition; doubles with each.
@@ -152,7 +152,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         events: config.events,
         period: Duration::from_nanos(1_000_000_000 / config.frequency),
         window: Some(config.window),
-        frame_cache_bytes: FRAME_CACHE_BYTES,
+        names_bytes: NAMES_BYTES,
         unwind_table_bytes: config.table_bytes,
         watch: None,
     };

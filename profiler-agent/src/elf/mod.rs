@@ -3,18 +3,26 @@
 //! In: a file. Out: what its headers say. Headers are read with bounded reads and never mapped, so that a file
 //! that shrinks meanwhile is an error and not a signal.
 
+mod debug_file;
+mod go_table;
+mod symbols;
+
 use std::{collections::BTreeSet, fs::File, os::unix::fs::FileExt as _};
 
 use object::{
     LittleEndian as LE,
     elf::{
         ELFCLASS64, ELFDATA2LSB, ELFMAG, EM_X86_64, FileHeader64, NT_GNU_BUILD_ID, NoteHeader64, PF_X, PT_GNU_EH_FRAME,
-        PT_LOAD, PT_NOTE, ProgramHeader64, SHF_COMPRESSED, SHF_EXECINSTR, SHT_DYNSYM, SHT_NOBITS, SHT_SYMTAB, STT_FUNC,
-        SectionHeader64, Sym64,
+        PT_LOAD, PT_NOTE, ProgramHeader64, SHF_COMPRESSED, SHF_EXECINSTR, SHT_NOBITS, SectionHeader64,
     },
     pod,
 };
 
+pub(crate) use self::{
+    debug_file::{debug_file, mini_debug_info},
+    go_table::{GoFunction, GoTable},
+    symbols::{SymbolTable, symbol_tables},
+};
 use crate::profile::{FileOffset, Segment, VirtualAddress};
 
 /// Most program headers read; real files have about a dozen.
@@ -25,8 +33,6 @@ const MAX_NOTES: usize = 16 << 10;
 const MAX_SECTIONS: usize = 4096;
 /// Most bytes of section names read.
 const MAX_SECTION_NAMES: usize = 256 << 10;
-/// Most bytes of symbol tables that are worth reading: four million symbols. Their index takes a third of it.
-const MAX_SYMBOL_BYTES: u64 = 96 << 20;
 /// Most bytes of all symbol tables in which functions are looked for: about 350,000 symbols.
 const MAX_FUNCTION_BYTES: u64 = 8 << 20;
 /// Longest build ID kept.
@@ -39,8 +45,6 @@ pub(crate) struct ElfSummary {
     pub(crate) segments: Vec<Segment>,
     /// GNU build ID.
     pub(crate) build_id: Option<Box<[u8]>>,
-    /// Whether the symbol tables are of a size worth reading.
-    pub(crate) is_nameable: bool,
 }
 
 /// A part of a file that its section headers name.
@@ -77,7 +81,7 @@ type Header = FileHeader64<LE>;
 /// Reads headers and notes. `None`: not a little-endian 64-bit ELF file, or a broken one.
 pub(crate) fn summarize(file: &File) -> Option<ElfSummary> {
     let header = header(file)?;
-    let mut summary = ElfSummary { is_nameable: is_nameable(file, &header), ..ElfSummary::default() };
+    let mut summary = ElfSummary::default();
     for program in program_headers(file, &header)? {
         match program.p_type.get(LE) {
             PT_LOAD if program.p_flags.get(LE) & PF_X != 0 => summary.segments.push(Segment {
@@ -137,21 +141,18 @@ pub(crate) fn entry(file: &File) -> Option<u64> {
 /// Stated addresses of the functions that the file's symbols name; none where the tables are absurdly large
 /// together.
 pub(crate) fn functions(file: &File) -> BTreeSet<u64> {
-    let headers = header(file).and_then(|header| section_headers(file, &header)).unwrap_or_default();
-    let tables = || headers.iter().filter(|section| is_symbols(section));
+    let tables = symbol_tables(file);
     let mut functions = BTreeSet::new();
-    if symbol_bytes(tables()) > MAX_FUNCTION_BYTES {
+    if tables.iter().map(SymbolTable::bytes).fold(0, u64::saturating_add) > MAX_FUNCTION_BYTES {
         return functions;
     }
-    for section in tables() {
-        let size = usize::try_from(section.sh_size.get(LE)).unwrap_or(usize::MAX);
-        let Some(bytes) = read(file, section.sh_offset.get(LE), size) else { continue };
-        let Ok((symbols, _)) = pod::slice_from_bytes::<Sym64<LE>>(&bytes, size / size_of::<Sym64<LE>>()) else {
-            continue;
-        };
-        functions.extend(
-            symbols.iter().filter(|symbol| symbol.st_info & 0xf == STT_FUNC).map(|symbol| symbol.st_value.get(LE)),
-        );
+    for table in tables {
+        table.each(file, |symbol| {
+            if symbol.is_function {
+                functions.insert(symbol.address);
+            }
+            true
+        });
     }
     functions
 }
@@ -189,32 +190,6 @@ fn section_names(header: &Header, sections: &[SectionHeader64<LE>]) -> Option<(u
 
 fn section_name<'a>(names: &'a [u8], section: &SectionHeader64<LE>) -> Option<&'a [u8]> {
     names.get(section.sh_name.get(LE) as usize..)?.split(|&byte| byte == 0).next()
-}
-
-/// Whether the file's symbols can be looked up with bounded memory and time. What looks them up finds their tables by
-/// name whatever their type is, and follows the extended numbering of headers, which no executable needs.
-fn is_nameable(file: &File, header: &Header) -> bool {
-    let within_limits = || {
-        let is_plain = (1..=MAX_SECTIONS).contains(&header.e_shnum.get(LE).into())
-            && usize::from(header.e_phnum.get(LE)) <= MAX_PROGRAM_HEADERS;
-        let headers = section_headers(file, header).filter(|_| is_plain)?;
-        let (names, size) = section_names(header, &headers)?;
-        let names = read(file, names, usize::try_from(size).ok().filter(|&size| size <= MAX_SECTION_NAMES)?)?;
-        let is_table = |section: &&SectionHeader64<LE>| {
-            is_symbols(section) || matches!(section_name(&names, section), Some(b".symtab" | b".dynsym"))
-        };
-        Some(symbol_bytes(headers.iter().filter(is_table)) <= MAX_SYMBOL_BYTES)
-    };
-    within_limits().unwrap_or(false)
-}
-
-fn is_symbols(section: &SectionHeader64<LE>) -> bool {
-    matches!(section.sh_type.get(LE), SHT_SYMTAB | SHT_DYNSYM)
-}
-
-/// Bytes of symbol tables, as the section headers state them.
-fn symbol_bytes<'a>(tables: impl Iterator<Item = &'a SectionHeader64<LE>>) -> u64 {
-    tables.fold(0, |sum, section| sum.saturating_add(section.sh_size.get(LE)))
 }
 
 /// Finds the GNU build ID among notes.
@@ -279,49 +254,6 @@ mod tests {
         lying[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
         assert_eq!(build_id(&lying), None);
         assert_eq!(build_id(&note(b"GNU\0", NT_GNU_BUILD_ID, &[1; 200])), None);
-    }
-
-    /// An ELF file with a section of names, and one of this name, type and size; it states this number of sections.
-    fn file_with_section(name: &[u8], kind: u32, size: u64, count: u16) -> File {
-        let (header, names_place) = (size_of::<Header>(), 3 * size_of::<SectionHeader64<LE>>());
-        let mut bytes = vec![0; header + names_place];
-        bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
-        bytes[18..20].copy_from_slice(&EM_X86_64.to_le_bytes());
-        bytes[40..48].copy_from_slice(&(header as u64).to_le_bytes());
-        bytes[54..56].copy_from_slice(&(size_of::<ProgramHeader64<LE>>() as u16).to_le_bytes());
-        bytes[60..62].copy_from_slice(&count.to_le_bytes());
-        bytes[62..64].copy_from_slice(&1u16.to_le_bytes());
-        let mut section = |index: usize, kind: u32, offset: u64, size: u64| {
-            let at = header + index * size_of::<SectionHeader64<LE>>();
-            bytes[at + 4..at + 8].copy_from_slice(&kind.to_le_bytes());
-            bytes[at + 24..at + 32].copy_from_slice(&offset.to_le_bytes());
-            bytes[at + 32..at + 40].copy_from_slice(&size.to_le_bytes());
-        };
-        section(0, 0, 0, 3);
-        section(1, 3, (header + names_place) as u64, name.len() as u64);
-        section(2, kind, 0, size);
-        bytes.extend(name);
-        let file = nix::sys::memfd::memfd_create(c"elf", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).expect("a file");
-        let file = File::from(file);
-        file.write_all_at(&bytes, 0).expect("room");
-        file
-    }
-
-    /// Symbol tables of absurd size are not read, however the file hides what they are.
-    #[test]
-    fn symbols_are_limited_in_any_disguise() {
-        let is_nameable = |name: &[u8], kind: u32, size: u64, count: u16| {
-            summarize(&file_with_section(name, kind, size, count)).expect("an ELF file").is_nameable
-        };
-        assert!(is_nameable(b".symtab\0", SHT_SYMTAB, 24, 3));
-        assert!(!is_nameable(b".symtab\0", SHT_SYMTAB, MAX_SYMBOL_BYTES + 1, 3));
-        // Of another type, and with another name.
-        assert!(!is_nameable(b".symtab\0", 1, MAX_SYMBOL_BYTES + 1, 3));
-        assert!(!is_nameable(b".other\0", SHT_DYNSYM, MAX_SYMBOL_BYTES + 1, 3));
-        assert!(is_nameable(b".other\0", 1, MAX_SYMBOL_BYTES + 1, 3));
-        // The number of sections is in the first of them.
-        assert!(!is_nameable(b".symtab\0", SHT_SYMTAB, MAX_SYMBOL_BYTES + 1, 0));
-        assert!(!is_nameable(&[b'x'; MAX_SECTION_NAMES + 1], 1, 0, 3));
     }
 
     /// This very test binary has executable segments; a text file is no ELF file.

@@ -68,7 +68,7 @@ mod tests {
     fn writes_root_first_and_marks_what_is_missing() {
         assert_eq!(
             encode(&testing::profile()),
-            "burner;[incomplete: depth limit];[libx.so];[unmapped] 3\n\
+            "burner;[incomplete: depth limit];libx.so+0x401300;[unmapped] 3\n\
              burner;main;work;sys_read_[k] 7\n"
         );
     }
@@ -80,7 +80,7 @@ mod tests {
             encode(&testing::both()),
             "burner;[off-cpu];main;work;sys_read_[k] 3000\n\
              burner;[off-cpu];main;work;sys_read_[k];[run queue] 2000\n\
-             burner;[on-cpu];[incomplete: depth limit];[libx.so];[unmapped] 30303\n\
+             burner;[on-cpu];[incomplete: depth limit];libx.so+0x401300;[unmapped] 30303\n\
              burner;[on-cpu];main;work;sys_read_[k] 70707\n"
         );
     }

@@ -79,8 +79,8 @@ pub(crate) mod testing {
     };
 
     use crate::profile::{
-        Events, Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, ProcessInfo, Profile, Sample,
-        Segment, VirtualAddress,
+        Events, Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, Nameless, ProcessInfo, Profile,
+        Sample, Segment, VirtualAddress,
     };
 
     /// Two threads share a whole stack; a third has one that is cut off.
@@ -95,7 +95,6 @@ pub(crate) mod testing {
                 size: 0x4000,
                 address: VirtualAddress(0x40_1000),
             }]),
-            is_nameable: true,
             file: Mutex::new(None),
         });
         let native = |name, address| {
@@ -137,7 +136,12 @@ pub(crate) mod testing {
             samples: vec![
                 sample("one", StackEnd::Root, whole(), 5),
                 sample("two", StackEnd::Root, whole(), 2),
-                sample("two", StackEnd::DepthLimit, vec![unmapped, native(FrameName::Unnamed, 0x40_1300)], 3),
+                sample(
+                    "two",
+                    StackEnd::DepthLimit,
+                    vec![unmapped, native(FrameName::Unnamed(Nameless::NotCovered), 0x40_1300)],
+                    3,
+                ),
             ],
         }
     }

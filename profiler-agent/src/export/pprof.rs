@@ -198,7 +198,7 @@ struct Tables {
     strings: Vec<String>,
     string_indices: HashMap<String, i64>,
     functions: Vec<PprofFunction>,
-    function_ids: HashMap<i64, u64>,
+    function_ids: HashMap<(i64, i64), u64>,
     mappings: Vec<PprofMapping>,
     /// By file (none: the kernel) and start.
     mapping_ids: HashMap<(Option<ExecutableId>, u64), u64>,
@@ -221,12 +221,12 @@ impl Tables {
         ValueType { r#type: self.string(name), unit: self.string(unit) }
     }
 
-    fn function(&mut self, name: &str) -> u64 {
-        let name = self.string(name);
+    fn function(&mut self, name: &str, system_name: &str) -> u64 {
+        let (name, system_name) = (self.string(name), self.string(system_name));
         let functions = &mut self.functions;
-        *self.function_ids.entry(name).or_insert_with(|| {
+        *self.function_ids.entry((name, system_name)).or_insert_with(|| {
             let id = functions.len() as u64 + 1;
-            functions.push(PprofFunction { id, name, system_name: name, filename: 0 });
+            functions.push(PprofFunction { id, name, system_name, filename: 0 });
             id
         })
     }
@@ -261,15 +261,18 @@ impl Tables {
     fn location(&mut self, frame: &Frame) -> u64 {
         let mapping = self.mapping(frame);
         // Frames without a function keep their address; their file stands in for the name.
-        let function = self.function(&match &frame.name {
-            FrameName::Function(name) => name.to_string(),
-            _ => frame.display_name(),
-        });
+        let function = match &frame.name {
+            FrameName::Function(name) => self.function(&name.readable, name.system()),
+            _ => {
+                let name = frame.display_name();
+                self.function(&name, &name)
+            }
+        };
         self.add_location(mapping, frame.address, function)
     }
 
     fn marker(&mut self, name: &str) -> u64 {
-        let function = self.function(name);
+        let function = self.function(name, name);
         self.add_location(0, 0, function)
     }
 

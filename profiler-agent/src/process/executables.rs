@@ -191,7 +191,6 @@ impl Executables {
             path,
             build_id: summary.build_id,
             segments: summary.segments.into(),
-            is_nameable: summary.is_nameable,
             file: Mutex::new(file.map(Arc::new)),
         });
         self.by_table.insert(table, Arc::clone(&file));

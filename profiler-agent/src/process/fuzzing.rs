@@ -89,7 +89,6 @@ pub fn mappings(bytes: &[u8]) {
             path: String::new(),
             build_id: None,
             segments: [Segment { offset: FileOffset(3), size: 200, address: VirtualAddress(1000) }].into(),
-            is_nameable: true,
             file: Mutex::new(None),
         })))
     });

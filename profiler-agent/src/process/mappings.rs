@@ -146,7 +146,6 @@ mod tests {
             path: format!("/{id}"),
             build_id: None,
             segments: segments.into(),
-            is_nameable: true,
             file: Mutex::new(None),
         }))))
     }

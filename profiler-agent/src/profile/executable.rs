@@ -35,8 +35,6 @@ pub struct Executable {
     pub build_id: Option<Box<[u8]>>,
     /// Executable segments, by offset.
     pub segments: Box<[Segment]>,
-    /// Whether its symbol tables are of a size worth reading.
-    pub is_nameable: bool,
     /// The file itself; see [`Self::file`].
     pub(crate) file: Mutex<Option<Arc<File>>>,
 }

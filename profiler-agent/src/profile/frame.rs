@@ -26,13 +26,60 @@ impl FrameType {
     }
 }
 
+/// What a function is called.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct FunctionName {
+    /// For people: demangled.
+    pub readable: Box<str>,
+    /// As its file has it, where that is something else.
+    pub system: Option<Box<str>>,
+}
+
+impl FunctionName {
+    /// As its file has it.
+    pub fn system(&self) -> &str {
+        self.system.as_deref().unwrap_or(&self.readable)
+    }
+}
+
+impl From<&str> for FunctionName {
+    fn from(name: &str) -> Self {
+        Self { readable: name.into(), system: None }
+    }
+}
+
+/// Why the file has no name for a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nameless {
+    /// The file could not be read, or is none that is understood.
+    Unreadable,
+    /// It says nothing about its functions, nor does anything that belongs to it.
+    NoSymbols,
+    /// None of the functions it tells about holds the place.
+    NotCovered,
+}
+
+impl Nameless {
+    /// Every reason.
+    pub const ALL: [Self; 3] = [Self::Unreadable, Self::NoSymbols, Self::NotCovered];
+
+    /// Its name for people, metrics and attributes.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Unreadable => "file unreadable",
+            Self::NoSymbols => "no symbols",
+            Self::NotCovered => "not covered by symbols",
+        }
+    }
+}
+
 /// A frame's function, or what is known instead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FrameName {
-    /// The function's name, demangled.
-    Function(Box<str>),
-    /// The file has no symbol for the place: its own name stands in.
-    Unnamed,
+    /// The function's name.
+    Function(FunctionName),
+    /// The file has no symbol for the place: its own name and the address stand in.
+    Unnamed(Nameless),
     /// Code made at run time, with nothing to name it by.
     Anonymous,
     /// Memory that no mapping was known for.
@@ -56,9 +103,11 @@ impl Frame {
     /// Name for people. Never contains `;` or control characters.
     pub fn display_name(&self) -> String {
         let name = match (&self.name, &self.executable) {
-            (FrameName::Function(name), _) => printable(name),
-            (FrameName::Unnamed, Some(executable)) => format!("[{}]", printable(executable.name())),
-            (FrameName::Unnamed, None) => "[unnamed]".to_owned(),
+            (FrameName::Function(name), _) => printable(&name.readable),
+            (FrameName::Unnamed(_), Some(executable)) => {
+                format!("{}+{:#x}", printable(executable.name()), self.address)
+            }
+            (FrameName::Unnamed(_), None) => "[unnamed]".to_owned(),
             (FrameName::Anonymous, _) => "[anonymous code]".to_owned(),
             (FrameName::Unmapped, _) => "[unmapped]".to_owned(),
         };

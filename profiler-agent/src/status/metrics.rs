@@ -10,6 +10,7 @@ use std::{
 use profiler_common::abi::{counter::Counter, sample::EventKind};
 
 use super::Stats;
+use crate::{profile::Nameless, symbolize::SymbolSource};
 
 const PREFIX: &str = "profiler_agent_";
 
@@ -72,7 +73,22 @@ pub(super) fn render(stats: &Stats) -> String {
 
     let symbolize = stats.symbolize();
     page.counter("frames_named", "Distinct frames named.", symbolize.frames_named);
+    page.labelled(
+        "frames_named_by_source",
+        "Distinct frames of code in files, by where their name was found.",
+        SymbolSource::ALL
+            .map(|source| (format!("source=\"{}\"", source.label()), symbolize.by_source[source.index()].to_string())),
+    );
     page.counter("frames_unnamed", "Distinct frames for which no name was found.", symbolize.frames_unnamed);
+    page.labelled(
+        "frames_unnamed_by_reason",
+        "Distinct frames of code in files for which no name was found, by reason.",
+        Nameless::ALL
+            .map(|reason| (format!("reason=\"{}\"", reason.label()), symbolize.by_reason[reason as usize].to_string())),
+    );
+    page.gauge("symbol_bytes", "Bytes that symbols of files take.", symbolize.symbol_bytes);
+    page.counter("symbols_read", "Times the symbols of a file were read.", symbolize.symbols_read);
+    page.counter("symbols_evicted", "Files whose symbols were dropped to keep the budget.", symbolize.symbols_evicted);
     page.counter("frame_cache_evictions", "Times half of the frame cache was dropped.", symbolize.cache_evictions);
     page.gauge("frame_cache_bytes", "Estimated bytes of named frames kept.", symbolize.cache_bytes);
 

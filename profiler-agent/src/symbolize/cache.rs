@@ -86,8 +86,8 @@ impl FrameCache {
 fn bytes_of(frame: &Frame) -> usize {
     ENTRY_BYTES
         + match &frame.name {
-            FrameName::Function(name) => name.len(),
-            FrameName::Unnamed | FrameName::Anonymous | FrameName::Unmapped => 0,
+            FrameName::Function(name) => name.readable.len() + name.system.as_ref().map_or(0, |system| system.len()),
+            FrameName::Unnamed(_) | FrameName::Anonymous | FrameName::Unmapped => 0,
         }
 }
 
@@ -97,7 +97,7 @@ mod tests {
     use crate::profile::FrameType;
 
     fn frame(address: u64) -> Arc<Frame> {
-        Arc::new(Frame { frame_type: FrameType::Kernel, name: FrameName::Unnamed, executable: None, address })
+        Arc::new(Frame { frame_type: FrameType::Kernel, name: FrameName::Unmapped, executable: None, address })
     }
 
     /// However much is added, the budget holds, and what is used all the time stays.

@@ -8,8 +8,12 @@ use std::fmt::{self, Write};
 
 use cpp_demangle::{DemangleOptions, ParseOptions};
 
+use crate::profile::FunctionName;
+
 /// Longest readable name, bytes.
 const MAX_READABLE: usize = 1024;
+/// Most bytes of a symbol that are kept beside its readable name.
+const MAX_SYSTEM: usize = 4096;
 /// Longest symbol that is read at all.
 const MAX_SYMBOL: usize = 16 << 10;
 /// Deepest nesting of C++ names that is read: what does not parse may take twice as long for each level. Of 129,579
@@ -18,6 +22,18 @@ const MAX_CPP_DEPTH: u32 = 56;
 /// Most places of a C++ symbol that look like the operators `new` and `delete`, whose operand is parsed twice if it
 /// does not parse. Of the same names 39 have more.
 const MAX_TWICE_PARSED: usize = 8;
+
+/// The name of the function with this symbol.
+pub(super) fn function(symbol: String) -> FunctionName {
+    let readable = readable(&symbol);
+    let system = (readable != symbol).then(|| cut(symbol, MAX_SYSTEM).into());
+    FunctionName { readable: readable.into(), system }
+}
+
+fn cut(mut text: String, len: usize) -> String {
+    text.truncate(text.floor_char_boundary(len));
+    text
+}
 
 /// The readable form of a symbol; the symbol itself (cut to the bound) where it is not mangled or cannot be read.
 pub(super) fn readable(symbol: &str) -> String {

@@ -1,19 +1,17 @@
 //! Names frames: from a place in a file, or an address in the kernel, to a function.
 //!
 //! In: located samples. Out: the frames of each, shared through a cache with a byte budget. A miss is a
-//! value with a reason, never an error. Runs on one thread, because blazesym's symbolizer is neither `Send`
-//! nor `Sync`.
+//! value with a reason, never an error. Runs on one thread, because blazesym's symbolizer, which names the kernel's
+//! functions, is neither `Send` nor `Sync`.
 
 mod cache;
 mod demangle;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
-mod resident;
+mod symbols;
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
-    os::fd::AsRawFd as _,
-    path::{Path, PathBuf},
+    collections::{BTreeSet, HashMap},
     sync::Arc,
 };
 
@@ -21,22 +19,18 @@ use blazesym::{
     MaybeDefault,
     symbolize::{
         Input, Symbolized, Symbolizer,
-        evict::{self, Evict},
-        source::{Elf, Kernel, Source},
+        source::{Kernel, Source},
     },
 };
 use tracing::debug;
 
+pub use self::symbols::SymbolSource;
 use self::{
     cache::{FrameCache, FrameKey},
-    resident::FilePages,
+    symbols::SymbolStore,
 };
-use crate::profile::{Executable, Frame, FrameName, FrameType, LocatedSample, Location};
+use crate::profile::{Executable, FileOffset, Frame, FrameName, FrameType, LocatedSample, Location, Nameless};
 
-/// Files whose symbol tables blazesym may keep; the least recently used one goes first.
-const MAX_FILES: usize = 32;
-/// Look-ups after which the memory they took is looked at. Each may touch 64 KiB of names.
-const LOOK_UPS: usize = 32;
 /// Names of loaded kernel modules and their addresses: kernel symbols are read again when it changes.
 const MODULES: &str = "/proc/modules";
 
@@ -45,40 +39,41 @@ const MODULES: &str = "/proc/modules";
 pub struct SymbolizeStats {
     /// Frames named for the first time.
     pub frames_named: u64,
+    /// The same by source, for code in files.
+    pub by_source: [u64; SymbolSource::ALL.len()],
     /// Frames for which no name was found.
     pub frames_unnamed: u64,
+    /// The same by reason, for code in files.
+    pub by_reason: [u64; Nameless::ALL.len()],
+    /// Bytes that symbols of files take.
+    pub symbol_bytes: usize,
+    /// Files whose symbols were read, and of how many they were dropped to keep the budget.
+    pub symbols_read: u64,
+    /// See [`Self::symbols_read`].
+    pub symbols_evicted: u64,
     /// Bytes the frame cache holds, estimated.
     pub cache_bytes: usize,
     /// Times half of the frame cache was dropped to keep its budget.
     pub cache_evictions: u64,
 }
 
-/// A file whose symbols blazesym holds. Its path names a descriptor, and descriptors are used again.
-struct HeldFile {
-    path: PathBuf,
-    executable: Arc<Executable>,
-}
-
 /// Names frames and remembers them.
 pub struct FrameNamer {
     symbolizer: Symbolizer,
     cache: FrameCache,
-    /// Files whose symbols blazesym holds, least recently used first.
-    files: VecDeque<HeldFile>,
-    file_pages: FilePages,
+    symbols: SymbolStore,
     /// What [`MODULES`] said when kernel symbols were read.
     modules: Vec<u8>,
     stats: SymbolizeStats,
 }
 
 impl FrameNamer {
-    /// A namer whose cache holds about `budget` bytes.
+    /// A namer whose frames and symbols take about `budget` bytes, half of them each.
     pub fn new(budget: usize) -> Self {
         Self {
-            symbolizer: new_symbolizer(),
-            cache: FrameCache::new(budget),
-            files: VecDeque::new(),
-            file_pages: FilePages::new(),
+            symbolizer: kernel_symbolizer(),
+            cache: FrameCache::new(budget / 2),
+            symbols: SymbolStore::new(budget / 2),
             modules: std::fs::read(MODULES).unwrap_or_default(),
             stats: SymbolizeStats::default(),
         }
@@ -93,7 +88,15 @@ impl FrameNamer {
 
     /// Counts so far.
     pub fn stats(&self) -> SymbolizeStats {
-        SymbolizeStats { cache_bytes: self.cache.bytes(), cache_evictions: self.cache.evictions(), ..self.stats }
+        let (symbol_bytes, symbols_read, symbols_evicted) = self.symbols.stats();
+        SymbolizeStats {
+            cache_bytes: self.cache.bytes(),
+            cache_evictions: self.cache.evictions(),
+            symbol_bytes,
+            symbols_read,
+            symbols_evicted,
+            ..self.stats
+        }
     }
 
     /// Looks up everything that is not cached, one call per file.
@@ -118,12 +121,8 @@ impl FrameNamer {
         if !kernel.is_empty() {
             self.resolve_kernel(&kernel.into_iter().collect::<Vec<_>>());
         }
-        let reads_files = !files.is_empty();
         for (executable, offsets) in files.into_values() {
             self.resolve_file(&executable, &offsets.into_iter().collect::<Vec<_>>());
-        }
-        if reads_files {
-            self.file_pages.release();
         }
     }
 
@@ -139,25 +138,27 @@ impl FrameNamer {
     }
 
     fn resolve_file(&mut self, executable: &Arc<Executable>, offsets: &[u64]) {
-        let names = match executable.file() {
-            Some(file) if executable.is_nameable => {
-                let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-                self.hold(&path, executable);
-                let mut elf = Elf::new(path);
-                elf.debug_syms = false;
-                let source = Source::Elf(elf);
-                let mut names = Vec::with_capacity(offsets.len());
-                for part in offsets.chunks(LOOK_UPS) {
-                    names.extend(names_of(self.symbolizer.symbolize(&source, Input::FileOffset(part)), part.len()));
-                    self.file_pages.limit();
+        let symbols = self.symbols.of(executable);
+        for &offset in offsets {
+            let offset = FileOffset(offset);
+            let stated = executable.virtual_address(offset);
+            let found = symbols.as_ref().zip(stated).and_then(|(symbols, address)| symbols.name(address.0));
+            let name = match (found, &symbols) {
+                (Some((name, source)), _) => {
+                    self.stats.by_source[source.index()] += 1;
+                    FrameName::Function(demangle::function(name))
                 }
-                names
-            }
-            _ => vec![FrameName::Unnamed; offsets.len()],
-        };
-        for (&offset, name) in offsets.iter().zip(names) {
-            let offset = crate::profile::FileOffset(offset);
-            let address = executable.virtual_address(offset).map_or(offset.0, |address| address.0);
+                (None, symbols) => {
+                    let reason = match symbols {
+                        Some(symbols) if stated.is_some() && symbols.is_empty() => Nameless::NoSymbols,
+                        Some(_) if stated.is_some() => Nameless::NotCovered,
+                        _ => Nameless::Unreadable,
+                    };
+                    self.stats.by_reason[reason as usize] += 1;
+                    FrameName::Unnamed(reason)
+                }
+            };
+            let address = stated.map_or(offset.0, |address| address.0);
             self.add(
                 FrameKey::File(executable.id, offset),
                 Frame { frame_type: FrameType::Native, name, executable: Some(Arc::clone(executable)), address },
@@ -202,46 +203,18 @@ impl FrameNamer {
 
     /// Lets go of files that were closed, and of kernel symbols when modules came or went.
     fn forget_stale(&mut self) {
-        let closed: Vec<PathBuf> =
-            self.files.iter().filter(|held| held.executable.file().is_none()).map(|held| held.path.clone()).collect();
-        for path in closed {
-            self.evict(&path);
-        }
+        self.symbols.forget_closed();
         let modules = std::fs::read(MODULES).unwrap_or_default();
         if modules != self.modules {
             debug!("kernel modules changed: symbols are read again");
             self.modules = modules;
-            self.symbolizer = new_symbolizer();
-            self.files.clear();
+            self.symbolizer = kernel_symbolizer();
             self.cache.forget_kernel();
-        }
-    }
-
-    /// Keeps what blazesym holds bounded, since its own cache never shrinks by itself, and makes sure that
-    /// what it holds under `path` is this executable.
-    fn hold(&mut self, path: &Path, executable: &Arc<Executable>) {
-        if self.files.iter().any(|held| held.path == path && held.executable.id != executable.id) {
-            self.evict(path);
-        }
-        self.files.retain(|held| held.path != path);
-        self.files.push_back(HeldFile { path: path.to_owned(), executable: Arc::clone(executable) });
-        while self.files.len() > MAX_FILES {
-            if let Some(oldest) = self.files.front().map(|held| held.path.clone()) {
-                self.evict(&oldest);
-            }
-        }
-    }
-
-    fn evict(&mut self, path: &Path) {
-        self.files.retain(|held| held.path != path);
-        if let Err(error) = self.symbolizer.evict(&Evict::Elf(evict::Elf::new(path))) {
-            debug!("symbols could not be evicted: {error}");
         }
     }
 }
 
-fn new_symbolizer() -> Symbolizer {
-    // Demangling is ours: see `demangle`.
+fn kernel_symbolizer() -> Symbolizer {
     Symbolizer::builder()
         .enable_code_info(false)
         .enable_inlined_fns(false)
@@ -251,7 +224,7 @@ fn new_symbolizer() -> Symbolizer {
 }
 
 fn unnamed(frame_type: FrameType, address: u64, executable: Option<Arc<Executable>>) -> Arc<Frame> {
-    Arc::new(Frame { frame_type, name: FrameName::Unnamed, executable, address })
+    Arc::new(Frame { frame_type, name: FrameName::Unnamed(Nameless::Unreadable), executable, address })
 }
 
 /// Names in the order of the request; a failed call names nothing.
@@ -263,10 +236,10 @@ fn names_of(result: blazesym::Result<Vec<Symbolized<'_>>>, len: usize) -> Vec<Fr
     let mut names: Vec<FrameName> = symbolized
         .into_iter()
         .map(|symbolized| match symbolized {
-            Symbolized::Sym(symbol) => FrameName::Function(demangle::readable(&symbol.name).into()),
-            Symbolized::Unknown(_) => FrameName::Unnamed,
+            Symbolized::Sym(symbol) => FrameName::Function(demangle::function(symbol.name.into_owned())),
+            Symbolized::Unknown(_) => FrameName::Unnamed(Nameless::NotCovered),
         })
         .collect();
-    names.resize(len, FrameName::Unnamed);
+    names.resize(len, FrameName::Unnamed(Nameless::Unreadable));
     names
 }

@@ -17,7 +17,7 @@ use profiler_common::unwind::rule::{Rule, cfa};
 use super::{
     code,
     dwarf::{self, Function},
-    go::GoTable,
+    go::GoRules,
     table::{NO_RULE, Rules, Table, TableWriter, TooLarge},
 };
 use crate::{
@@ -37,8 +37,6 @@ const MAX_GAP: u64 = 1 << 20;
 const MAX_GUESSED_ROWS: usize = 1 << 19;
 /// Bytes of an entry of the procedure linkage table.
 const PLT_ENTRY: u64 = 16;
-/// Where debug files are kept by build ID.
-const DEBUG_FILES: &str = "/usr/lib/debug/.build-id";
 
 /// What a file says about its frames, read but not understood yet.
 pub(super) struct Source {
@@ -50,7 +48,7 @@ pub(super) struct Source {
     debug_frame: Option<Vec<u8>>,
     /// Procedure linkage tables: start, end, and the rule of their entries.
     linkage: Vec<(u64, u64, Linkage)>,
-    go: Option<GoTable>,
+    go: Option<GoRules>,
     /// Stated address of the program's first instruction.
     entry: u64,
     /// Stated address of `.text`.
@@ -103,7 +101,7 @@ impl Source {
                 .or_else(|| eh_frame_by_index(&file)),
             debug_frame: find(".debug_frame").and_then(|section| read(&file, section)),
             linkage: Vec::new(),
-            go: GoTable::find(&file, &sections),
+            go: GoRules::find(&file, &sections),
             entry: elf::entry(&file).unwrap_or_default(),
             text: find(".text").map_or(0, |section| section.address),
             file: Arc::clone(&file),
@@ -173,7 +171,7 @@ impl Source {
         };
         eh_frame.functions(|function| add(Origin::EhFrame, function));
         debug_frame.functions(|function| add(Origin::DebugFrame, function));
-        self.go.iter().flat_map(GoTable::functions).for_each(|function| add(Origin::Go, function));
+        self.go.iter().flat_map(GoRules::functions).for_each(|function| add(Origin::Go, function));
         for (entry, &(start, end, _)) in self.linkage.iter().enumerate() {
             add(Origin::Linkage, Function { start, end, entry });
         }
@@ -353,12 +351,7 @@ fn eh_frame_by_index(file: &File) -> Option<(Vec<u8>, u64)> {
 
 /// `.debug_frame` of the debug file that was split off the executable with this build ID.
 fn separate_debug_frame(build_id: &[u8]) -> Option<Vec<u8>> {
-    let (first, rest) = build_id.split_first()?;
-    let rest: String = rest.iter().map(|byte| format!("{byte:02x}")).collect();
-    let file = File::open(format!("{DEBUG_FILES}/{first:02x}/{rest}.debug")).ok()?;
-    if elf::summarize(&file)?.build_id.as_deref() != Some(build_id) {
-        return None;
-    }
+    let file = elf::debug_file(build_id)?;
     let sections = elf::sections(&file);
     read(&file, sections.iter().find(|section| section.name == ".debug_frame")?)
 }

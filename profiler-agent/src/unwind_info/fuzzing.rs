@@ -18,11 +18,11 @@ use super::{
     build::Source,
     code,
     dwarf::{self, Function},
-    go::GoTable,
+    go::GoRules,
     table::{NO_RULE, Rules, Table, TableWriter},
 };
 use crate::{
-    elf,
+    elf::{self, GoTable},
     fuzzing::{Input, file},
     profile::{Executable, ExecutableId},
 };
@@ -54,7 +54,7 @@ pub fn debug_frame(bytes: &[u8]) {
 
 /// Go's `.gopclntab`.
 pub fn go_table(bytes: &[u8]) {
-    let Some(mut table) = GoTable::parse(bytes.to_vec()) else { return };
+    let Some(mut table) = GoTable::parse(bytes.to_vec()).map(GoRules::new) else { return };
     for function in table.functions().collect::<Vec<_>>() {
         check_rows(function, bytes.len(), |row| table.rows(function, row));
     }
@@ -178,7 +178,6 @@ pub fn executable(bytes: &[u8]) {
         path: String::new(),
         build_id: summary.build_id,
         segments: summary.segments.into(),
-        is_nameable: summary.is_nameable,
         file: Mutex::new(Some(Arc::clone(&file))),
     };
     let Some(source) = Source::read(&executable) else { return };

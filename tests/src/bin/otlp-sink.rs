@@ -68,7 +68,8 @@ fn leaf_name(dictionary: &ProfilesDictionary, stack: i32) -> Option<String> {
         Some(line) => text(dictionary.function_table.get(index(line.function_index)?)?.name_strindex),
         None => {
             let mapping = dictionary.mapping_table.get(index(location.mapping_index)?)?;
-            Some(format!("[{}] {:#x}", text(mapping.filename_strindex)?, location.address))
+            let path = text(mapping.filename_strindex)?;
+            Some(format!("{}+{:#x}", path.rsplit('/').next().unwrap_or_default(), location.address))
         }
     }
 }

@@ -11,14 +11,15 @@ use opentelemetry_proto::tonic::{
 
 use crate::{
     export::pprof::hex,
-    profile::{Executable, ExecutableId, Frame, FrameName},
+    profile::{Executable, ExecutableId, Frame, FrameName, FunctionName},
 };
 
 /// A request's dictionary under construction.
 pub(super) struct Dictionary {
     tables: ProfilesDictionary,
     strings: HashMap<String, i32>,
-    functions: HashMap<i32, i32>,
+    /// By name and system name.
+    functions: HashMap<(i32, i32), i32>,
     mappings: HashMap<(ExecutableId, u64), i32>,
     locations: HashMap<Arc<Frame>, i32>,
     stacks: HashMap<Vec<i32>, i32>,
@@ -97,31 +98,37 @@ impl Dictionary {
         if let Some(&index) = self.locations.get(frame) {
             return index;
         }
+        let mut attribute_indices =
+            vec![self.attribute("profile.frame.type", AttributeValue::Text(frame.frame_type.label().to_owned()))];
         let lines = match &frame.name {
             FrameName::Function(name) => vec![Line { function_index: self.function(name), line: 0, column: 0 }],
             // Nothing is known but the place: backends can still name it by mapping and address.
-            FrameName::Unnamed | FrameName::Anonymous | FrameName::Unmapped => Vec::new(),
+            FrameName::Unnamed(reason) => {
+                let reason = AttributeValue::Text(reason.label().to_owned());
+                attribute_indices.push(self.attribute("profiler.frame.nameless", reason));
+                Vec::new()
+            }
+            FrameName::Anonymous | FrameName::Unmapped => Vec::new(),
         };
         let location = Location {
             mapping_index: frame.executable.as_ref().map_or(0, |executable| self.mapping(executable, frame.address)),
             address: frame.address,
             lines,
-            attribute_indices: vec![
-                self.attribute("profile.frame.type", AttributeValue::Text(frame.frame_type.label().to_owned())),
-            ],
+            attribute_indices,
         };
         let index = push(&mut self.tables.location_table, location);
         self.locations.insert(Arc::clone(frame), index);
         index
     }
 
-    fn function(&mut self, name: &str) -> i32 {
-        let name_strindex = self.string(name);
+    fn function(&mut self, name: &FunctionName) -> i32 {
+        let name_strindex = self.string(&name.readable);
+        let system_name_strindex = name.system.as_deref().map_or(0, |system| self.string(system));
         let table = &mut self.tables.function_table;
         *self
             .functions
-            .entry(name_strindex)
-            .or_insert_with(|| push(table, Function { name_strindex, ..Function::default() }))
+            .entry((name_strindex, system_name_strindex))
+            .or_insert_with(|| push(table, Function { name_strindex, system_name_strindex, ..Function::default() }))
     }
 
     /// One mapping per executable segment; addresses are as the file states them.

@@ -1,0 +1,104 @@
+//! Do frames have names, and the right ones?
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use profiler_tests::{Folded, Native, folded, kernel_is_usable, native, record, run, scratch, stderr, stdout};
+
+/// Seconds that each program runs for.
+const SECONDS: &str = "3";
+
+/// Records a program that has no children.
+fn record_program(binary: &Path, arguments: &[&str]) -> Vec<Folded> {
+    let mut command = record(&["--frequency", "499", "--output", "-", "--"]);
+    let outcome = run(command.arg(binary).args(arguments));
+    assert!(outcome.status.success(), "{}", stderr(&outcome));
+    folded(&stdout(&outcome))
+}
+
+/// How many of the samples' user frames have names, and how many of the program's own file have none.
+fn named_and_not(stacks: &[Folded], binary: &Path) -> (u64, u64) {
+    let own = format!("{}+0x", binary.file_name().expect("a name").to_string_lossy());
+    let (mut named, mut nameless) = (0, 0);
+    for stack in stacks {
+        for frame in stack.frames[1..].iter().filter(|frame| !frame.ends_with("_[k]") && !frame.starts_with('[')) {
+            if frame.starts_with(&own) {
+                nameless += stack.count;
+            } else if !frame.contains("+0x") {
+                named += stack.count;
+            }
+        }
+    }
+    (named, nameless)
+}
+
+fn check_named(name: &str, binary: &Path, arguments: &[&str]) {
+    let stacks = record_program(binary, arguments);
+    let (named, nameless) = named_and_not(&stacks, binary);
+    println!("{name:24} {named} frames with names, {nameless} without");
+    assert!(named > 1000 && nameless * 100 <= named, "{name}: {nameless} frames have no name");
+}
+
+/// Programs that kept their symbols, and Go programs that did not: 99 of 100 sampled frames have a name.
+#[test]
+fn functions_are_named() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let plugin = native(Native::CPlugin);
+    let plugin = plugin.to_string_lossy();
+    check_named("c", &native(Native::C), &["chain", SECONDS]);
+    check_named("c, shared library", &native(Native::C), &["plugin", SECONDS, &plugin]);
+    check_named("c, static", &native(Native::CStaticPie), &["chain", SECONDS]);
+    check_named("c, musl", &native(Native::CMusl), &["chain", SECONDS]);
+    check_named("c++", &native(Native::Cpp), &["chain", SECONDS]);
+    check_named("rust", &native(Native::Rust), &[SECONDS]);
+    check_named("go", &native(Native::Go), &["allocate", SECONDS]);
+    check_named("go, stripped", &native(Native::GoStripped), &["allocate", SECONDS]);
+}
+
+/// A copy of the C program without symbols.
+fn stripped(folder: &Path) -> PathBuf {
+    let binary = folder.join("stripped");
+    fs::copy(native(Native::C), &binary).expect("a copy");
+    assert!(run(Command::new("strip").arg(&binary)).status.success());
+    binary
+}
+
+/// Symbols that a distribution keeps, compressed, inside its stripped programs.
+#[test]
+fn mini_debug_info_names_functions() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let folder = scratch("mini");
+    let (binary, symbols) = (stripped(&folder), folder.join("symbols"));
+    let only_symbols = ["--only-keep-debug", "--strip-debug"];
+    let steps = [
+        run(Command::new("objcopy").args(only_symbols).arg(native(Native::C)).arg(&symbols)),
+        run(Command::new("xz").arg("--force").arg(&symbols)),
+        run(Command::new("objcopy").arg(format!("--add-section=.gnu_debugdata={}.xz", symbols.display())).arg(&binary)),
+    ];
+    for step in steps {
+        assert!(step.status.success(), "{}", stderr(&step));
+    }
+    check_named("c, MiniDebugInfo", &binary, &["chain", SECONDS]);
+}
+
+/// Without symbols, a frame is its file and address: no name of something else nearby.
+#[test]
+fn stripped_code_has_no_wrong_names() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let binary = stripped(&scratch("stripped"));
+    let stacks = record_program(&binary, &["chain", SECONDS]);
+    let (named, nameless) = named_and_not(&stacks, &binary);
+    println!("stripped: {named} frames with names, {nameless} without");
+    // `main` is called by a function of the C library, and that by `_start`: nothing else has a name.
+    assert!(nameless > 10_000 && named * 10 < nameless, "{named} {nameless}");
+    assert!(stacks.iter().all(|stack| !stack.frames.iter().any(|frame| frame.contains("level_"))));
+}
