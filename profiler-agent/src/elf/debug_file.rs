@@ -17,7 +17,7 @@ const DEBUG_FILES: &str = "/usr/lib/debug/.build-id";
 /// Most bytes of MiniDebugInfo, compressed. Fedora's largest, of web browsers, has five million.
 const MAX_COMPRESSED: u64 = 16 << 20;
 /// Most bytes of it, decompressed.
-const MAX_DECOMPRESSED: u64 = 32 << 20;
+const MAX_DECOMPRESSED: u64 = 16 << 20;
 /// Most memory that decompression takes, KiB.
 const MAX_MEMORY_KIB: u32 = 20 << 10;
 

@@ -27,8 +27,8 @@ pub(crate) struct SymbolTable {
     pub(crate) names: (u64, u64),
     offset: u64,
     count: u64,
-    /// For each section of the file, whether it holds instructions.
-    code: Vec<bool>,
+    /// For each section of the file that holds instructions, the first address behind it.
+    code: Vec<Option<u64>>,
 }
 
 /// A symbol of a function, or of code that may be one.
@@ -38,36 +38,36 @@ pub(crate) struct Symbol {
     pub(crate) address: u64,
     /// Bytes; zero: the file does not say.
     pub(crate) size: u64,
+    /// Bytes to the end of its section.
+    pub(crate) left: u64,
     /// Where its name begins, in the table's names.
     pub(crate) name: u32,
     /// Whether the file calls it a function.
     pub(crate) is_function: bool,
 }
 
-/// The symbol tables of a file, those with most symbols first. Such that are absurdly large are left out.
+/// The symbol tables of a file, the full one first: no file has more than one of each kind, whatever it states. Such
+/// that are absurdly large are left out.
 pub(crate) fn symbol_tables(file: &File) -> Vec<SymbolTable> {
     let headers = header(file).and_then(|header| section_headers(file, &header)).unwrap_or_default();
-    let code: Vec<bool> =
-        headers.iter().map(|section| section.sh_flags.get(LE) & u64::from(SHF_EXECINSTR) != 0).collect();
+    let end = |section: &SectionHeader64<LE>| {
+        let is_code = section.sh_flags.get(LE) & u64::from(SHF_EXECINSTR) != 0;
+        is_code.then(|| section.sh_addr.get(LE).saturating_add(section.sh_size.get(LE)))
+    };
+    let code: Vec<Option<u64>> = headers.iter().map(end).collect();
     let table = |section: &SectionHeader64<LE>| {
-        let is_dynamic = match section.sh_type.get(LE) {
-            SHT_SYMTAB => false,
-            SHT_DYNSYM => true,
-            _ => return None,
-        };
         let names = headers.get(usize::try_from(section.sh_link.get(LE)).ok()?)?;
         let size = section.sh_size.get(LE);
         (size <= MAX_TABLE).then(|| SymbolTable {
-            is_dynamic,
+            is_dynamic: section.sh_type.get(LE) == SHT_DYNSYM,
             names: (names.sh_offset.get(LE), names.sh_size.get(LE)),
             offset: section.sh_offset.get(LE),
             count: size / size_of::<Sym64<LE>>() as u64,
             code: code.clone(),
         })
     };
-    let mut tables: Vec<SymbolTable> = headers.iter().filter_map(table).collect();
-    tables.sort_by_key(|table| table.is_dynamic);
-    tables
+    let first = |kind| headers.iter().find(|section| section.sh_type.get(LE) == kind).and_then(table);
+    [SHT_SYMTAB, SHT_DYNSYM].into_iter().filter_map(first).collect()
 }
 
 impl SymbolTable {
@@ -102,10 +102,16 @@ impl SymbolTable {
             return None;
         }
         // (What has no type may be data, or a number. Reserved indexes name no section.)
-        let is_code = section < SHN_LORESERVE && self.code.get(usize::from(section)).copied().unwrap_or(false);
-        (is_code || is_function && section >= SHN_LORESERVE).then(|| Symbol {
-            address: raw.st_value.get(LE),
+        let address = raw.st_value.get(LE);
+        let end = match self.code.get(usize::from(section)).copied().flatten() {
+            Some(end) if section < SHN_LORESERVE => end,
+            _ if is_function && section >= SHN_LORESERVE => address,
+            _ => return None,
+        };
+        Some(Symbol {
+            address,
             size: raw.st_size.get(LE),
+            left: end.saturating_sub(address),
             name: raw.st_name.get(LE),
             is_function,
         })

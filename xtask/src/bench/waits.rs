@@ -18,7 +18,7 @@ use crate::{
     setup::install_packages,
 };
 
-const PAIRS: usize = 31;
+const PAIRS: usize = 15;
 /// How long a measurement takes, what it waits for before, and how long is counted.
 const MEASURE: Duration = Duration::from_secs(2);
 const SETTLE: Duration = Duration::from_secs(2);

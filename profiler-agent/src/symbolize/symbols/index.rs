@@ -1,7 +1,8 @@
 //! Functions of one symbol table, by address.
 //!
 //! A function with a size has the addresses it says. One without, which hand-written assembly often has, reaches to the
-//! next symbol, but not far: what a stripped file does not name has no name, and a wrong one is worse than none.
+//! next symbol or the end of its section, but not far: what a stripped file does not name has no name, and a wrong one
+//! is worse than none.
 
 use std::{fs::File, os::unix::fs::FileExt as _, sync::Arc};
 
@@ -10,6 +11,8 @@ const REACH: u64 = 4 << 10;
 /// How many symbols before an address are looked at for one that holds it: they may nest, and several may begin at one
 /// place.
 const LOOK_BACK: usize = 32;
+/// Most names of one place that are compared.
+const MAX_ALIASES: usize = 8;
 /// Longest name read, bytes.
 const MAX_NAME: usize = 16 << 10;
 /// What a name is read in.
@@ -19,11 +22,35 @@ const NAME_PIECE: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Function {
     /// Stated address.
-    pub(super) start: u64,
-    /// Bytes; zero: not known.
-    pub(super) size: u32,
+    start: u64,
+    /// Bytes, and in the highest bit whether the file does not state them.
+    size: u32,
     /// Where its name begins among the names.
-    pub(super) name: u32,
+    name: u32,
+}
+
+/// See [`Function::size`].
+const UNSTATED: u32 = 1 << 31;
+
+impl Function {
+    /// A function of a stated size.
+    pub(super) fn new(start: u64, size: u64, name: u32) -> Self {
+        Self { start, size: u32::try_from(size).unwrap_or(u32::MAX).min(UNSTATED - 1), name }
+    }
+
+    /// A function without one, `left` bytes before the end of its section.
+    pub(super) fn without_size(start: u64, left: u64, name: u32) -> Self {
+        Self { start, size: UNSTATED | left.min(REACH) as u32, name }
+    }
+
+    fn has_size(&self) -> bool {
+        self.size & UNSTATED == 0
+    }
+
+    /// Whether it holds an address that is not before it.
+    fn holds(&self, address: u64) -> bool {
+        address - self.start < u64::from(self.size & !UNSTATED)
+    }
 }
 
 /// Where the names are: a part of a file. Each is ended by a zero.
@@ -50,6 +77,10 @@ impl Index {
         Self { functions: functions.into(), names }
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.functions.len()
+    }
+
     /// Bytes of memory it takes.
     pub(super) fn bytes(&self) -> usize {
         size_of_val(&*self.functions)
@@ -59,22 +90,18 @@ impl Index {
     pub(super) fn name(&self, address: u64) -> Option<String> {
         let after = self.functions.partition_point(|function| function.start <= address);
         let before = &self.functions[after.saturating_sub(LOOK_BACK)..after];
-        let holds = |function: &&Function| address - function.start < u64::from(function.size);
-        let found = before.iter().rev().find(holds).or_else(|| {
-            let last = before.last().filter(|last| address - last.start < REACH)?;
-            // (Of several names of one place, one may have a size that ends before.)
-            before
-                .iter()
-                .rev()
-                .take_while(|other| other.start == last.start)
-                .all(|other| other.size == 0)
-                .then_some(last)
-        })?;
-        let has_same_code = |other: &&Function| other.start == found.start && (other.size == 0) == (found.size == 0);
+        let found =
+            before.iter().rev().find(|function| function.has_size() && function.holds(address)).or_else(|| {
+                let last = before.last().filter(|last| last.holds(address))?;
+                // (Of several names of one place, one may have a size that ends before.)
+                let mut alike = before.iter().rev().take_while(|other| other.start == last.start);
+                alike.all(|other| !other.has_size()).then_some(last)
+            })?;
         before
             .iter()
             .rev()
-            .filter(|other| has_same_code(other) && (other.size == 0 || holds(other)))
+            .filter(|other| other.start == found.start && other.has_size() == found.has_size() && other.holds(address))
+            .take(MAX_ALIASES)
             .filter_map(|function| self.names.at(function.name))
             .min_by(|a, b| preference(a).cmp(&preference(b)))
     }
@@ -131,14 +158,19 @@ mod tests {
         Names { file: Arc::new(file), start: 0, len: contents.len() as u64 }
     }
 
-    fn index(functions: &[(u64, u32, &str)]) -> Index {
+    fn index(functions: &[(u64, u64, &str)]) -> Index {
         let mut contents = vec![0];
         let functions = functions
             .iter()
             .map(|&(start, size, name)| {
                 let place = contents.len() as u32;
                 contents.extend(name.bytes().chain([0]));
-                Function { start, size, name: place }
+                // The section is large.
+                if size == 0 {
+                    Function::without_size(start, 1 << 20, place)
+                } else {
+                    Function::new(start, size, place)
+                }
             })
             .collect();
         Index::new(functions, names(&contents))
@@ -176,10 +208,17 @@ mod tests {
         assert_eq!(index.name(0x104).as_deref(), Some("write"));
     }
 
+    /// `_init` is the only symbol before the procedure linkage table, which is another section.
+    #[test]
+    fn symbols_without_a_size_end_with_their_section() {
+        let index = Index::new(vec![Function::without_size(0x1000, 0x17, 0)], names(b"_init\0"));
+        assert_eq!((index.name(0x1016).as_deref(), index.name(0x1017)), (Some("_init"), None));
+    }
+
     /// Names that do not end, or are not there.
     #[test]
     fn survives_lying_names() {
-        let functions = vec![Function { start: 0, size: 8, name: 0 }, Function { start: 8, size: 8, name: u32::MAX }];
+        let functions = vec![Function::new(0, 8, 0), Function::new(8, 8, u32::MAX)];
         let index = Index::new(functions, names(&[b'x'; 100]));
         assert_eq!((index.name(0), index.name(8)), (None, None));
     }

@@ -60,6 +60,8 @@ impl SymbolSource {
 pub(super) struct FileSymbols {
     /// What is asked first comes first.
     indexes: Vec<(SymbolSource, Index)>,
+    /// Bytes of files that were made in memory.
+    made: usize,
 }
 
 impl FileSymbols {
@@ -75,6 +77,7 @@ impl FileSymbols {
         }
         if symbols.indexes.is_empty() {
             if let Some(inside) = elf::mini_debug_info(file, &sections) {
+                symbols.made = inside.metadata().map_or(0, |metadata| usize::try_from(metadata.len()).unwrap_or(0));
                 symbols.add_tables(&Arc::new(inside), SymbolSource::MiniDebugInfo);
             }
             symbols.add_tables(file, SymbolSource::DynamicSymbols);
@@ -88,22 +91,27 @@ impl FileSymbols {
     /// Adds a file's full table, or its dynamic one.
     fn add_tables(&mut self, file: &Arc<File>, source: SymbolSource) {
         let is_dynamic = source == SymbolSource::DynamicSymbols;
-        for table in elf::symbol_tables(file).into_iter().filter(|table| table.is_dynamic == is_dynamic) {
-            if let Some(functions) = functions_of(file, &table)
-                && !functions.is_empty()
-            {
-                let (start, len) = table.names;
-                self.indexes.push((source, Index::new(functions, Names { file: Arc::clone(file), start, len })));
-            }
+        let tables = elf::symbol_tables(file);
+        let Some(table) = tables.iter().find(|table| table.is_dynamic == is_dynamic) else { return };
+        if let Some(functions) = functions_of(file, table, self.room())
+            && !functions.is_empty()
+        {
+            let (start, len) = table.names;
+            self.indexes.push((source, Index::new(functions, Names { file: Arc::clone(file), start, len })));
         }
+    }
+
+    /// How many more functions may be known.
+    fn room(&self) -> usize {
+        MAX_FUNCTIONS - self.indexes.iter().map(|(_, index)| index.len()).sum::<usize>().min(MAX_FUNCTIONS)
     }
 
     fn add_go(&mut self, file: &Arc<File>, table: &GoTable) {
         let functions: Vec<Function> = table
             .functions()
+            .take(self.room())
             .filter_map(|function| {
-                let size = u32::try_from(function.end - function.start).ok()?;
-                Some(Function { start: function.start, size, name: table.name(function)? })
+                Some(Function::new(function.start, function.end - function.start, table.name(function)?))
             })
             .collect();
         let names = Names { file: Arc::clone(file), start: table.names_place(), len: table.names().len() as u64 };
@@ -121,26 +129,28 @@ impl FileSymbols {
     }
 
     fn bytes(&self) -> usize {
-        size_of::<Self>() + self.indexes.iter().map(|(_, index)| index.bytes()).sum::<usize>()
+        size_of::<Self>() + self.made + self.indexes.iter().map(|(_, index)| index.bytes()).sum::<usize>()
     }
 }
 
-/// The functions of a table; `None` where there are absurdly many.
-fn functions_of(file: &File, table: &SymbolTable) -> Option<Vec<Function>> {
+/// The functions of a table; `None` where there are more than `most`.
+fn functions_of(file: &File, table: &SymbolTable, most: usize) -> Option<Vec<Function>> {
     // Counted first: a vector that grows takes up to twice what it needs.
     let mut count = 0usize;
     table.each(file, |_| {
         count += 1;
-        count <= MAX_FUNCTIONS
+        count <= most
     });
-    if count > MAX_FUNCTIONS {
-        debug!("a symbol table has more than {MAX_FUNCTIONS} functions: it is not used");
+    if count > most {
+        debug!("a symbol table has more than {most} functions: it is not used");
         return None;
     }
     let mut functions = Vec::with_capacity(count);
     table.each(file, |symbol| {
-        let size = u32::try_from(symbol.size).unwrap_or(u32::MAX);
-        functions.push(Function { start: symbol.address, size, name: symbol.name });
+        functions.push(match symbol.size {
+            0 => Function::without_size(symbol.address, symbol.left, symbol.name),
+            size => Function::new(symbol.address, size, symbol.name),
+        });
         functions.len() < count
     });
     Some(functions)
