@@ -8,7 +8,8 @@ use std::{
 
 use nix::sys::signal::Signal;
 use profiler_tests::{
-    Background, agent, eventually, free_port, http_get, kernel_is_usable, metric, stderr, stdout, workload, workspace,
+    Background, agent, ask_within, eventually, free_port, http_get, kernel_is_usable, metric, stderr, stdout, workload,
+    workspace,
 };
 
 /// How long the footprint is watched; `PROFILER_SOAK_SECONDS` makes it longer.
@@ -40,17 +41,15 @@ fn an_independent_receiver_gets_everything() {
     let agent = daemon(otlp, status, &["--window", "3s", "--event", "both"]);
     let load = Background::start(Command::new(workload("burner")).args(["2", "10"]));
     let _ = load.finish();
-    // (Where nothing is exported, what the agent says below tells why.)
-    let deadline = Instant::now() + Duration::from_secs(15);
-    let exported = || metric(status, "profiler_agent_samples_exported_total");
-    while exported().is_none_or(|samples| samples <= 1000.0) && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    let exports = ask_within(Duration::from_secs(15), || {
+        metric(status, "profiler_agent_samples_exported_total").filter(|&samples| samples > 1000.0)
+    });
     agent.signal(Signal::SIGTERM);
     let agent = agent.finish();
     let text = stderr(&agent);
     println!("{text}");
     assert!(agent.status.success(), "{text}");
+    assert!(exports.is_some(), "exports: not within 15 s: {text}");
     let stopped = text.find("stopped: ").expect("the books");
     let last = &text[stopped..];
     println!("{last}");

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    path::PathBuf,
     process::{Command, Output},
     time::Duration,
 };
@@ -27,11 +28,17 @@ fn record_waits(arguments: &[&str], command: &[&str]) -> (Output, Vec<Folded>) {
     (outcome, stacks)
 }
 
+/// What the program of known waits reads from the disk, in a folder of its own.
+fn input(folder: &str) -> PathBuf {
+    let file = scratch(folder).join("data");
+    fs::write(&file, vec![7; 16 << 20]).expect("a file to read");
+    file
+}
+
 /// Compares what the program of known waits says about itself with a recording of it.
 fn check_places(arguments: &[&str], tolerance: f64) {
     const SECONDS: &str = "30";
-    let file = scratch("waits-input").join("data");
-    fs::write(&file, vec![7; 16 << 20]).expect("a file to read");
+    let file = input("waits-input");
     let binary = native(Native::Waits);
     let command = [&binary.to_string_lossy(), SECONDS, &file.to_string_lossy()].map(str::to_owned);
     let (outcome, stacks) = record_waits(arguments, &command.each_ref().map(String::as_str));
@@ -109,8 +116,7 @@ fn wakeups_need_not_be_watched() {
         return;
     }
     let folder = scratch("wakeups");
-    let file = folder.join("data");
-    fs::write(&file, vec![7; 16 << 20]).expect("a file to read");
+    let file = input("wakeups-input");
     let by_books = folder.join("books.folded").to_string_lossy().into_owned();
     let by_watching = folder.join("watching.folded").to_string_lossy().into_owned();
     let _burners: Vec<Background> =
@@ -213,8 +219,7 @@ fn a_crowd_of_threads_is_followed() {
         return;
     }
     let binary = native(Native::Waits);
-    let file = scratch("waits-crowd").join("data");
-    fs::write(&file, vec![7; 16 << 20]).expect("a file to read");
+    let file = input("waits-crowd");
     let mut others: Vec<Background> =
         (0..100).map(|_| Background::start(Command::new(&binary).arg("100").arg(&file))).collect();
     let outcome = run(Command::new(agent()).args(["record", "--event", "both", "--duration", "10s", "--output", "-"]));

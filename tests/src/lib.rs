@@ -257,13 +257,18 @@ pub fn metric(port: u16, name: &str) -> Option<f64> {
 }
 
 /// Asks again and again until there is an answer.
-pub fn eventually<T>(what: &str, within: Duration, mut ask: impl FnMut() -> Option<T>) -> T {
+pub fn eventually<T>(what: &str, within: Duration, ask: impl FnMut() -> Option<T>) -> T {
+    ask_within(within, ask).unwrap_or_else(|| panic!("{what}: not within {within:?}"))
+}
+
+/// The same, where no answer in time is for the caller to explain.
+pub fn ask_within<T>(within: Duration, mut ask: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + within;
     loop {
-        if let Some(answer) = ask() {
+        let answer = ask();
+        if answer.is_some() || Instant::now() >= deadline {
             return answer;
         }
-        assert!(Instant::now() < deadline, "{what}: not within {within:?}");
         std::thread::sleep(Duration::from_millis(50));
     }
 }

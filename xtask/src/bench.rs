@@ -76,11 +76,28 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
 /// Measures the set of programs under the daemon.
 fn programs(workspace: &Path) -> Outcome {
     let workloads = workloads(workspace)?;
-    let before = fs::read_to_string(BPF_STATISTICS).unwrap_or_default();
-    write(BPF_STATISTICS, "1")?;
-    let outcome = measure(workspace, &workloads);
-    write(BPF_STATISTICS, before.trim())?;
-    outcome
+    let _statistics = Statistics::on()?;
+    measure(workspace, &workloads)
+}
+
+/// The kernel's statistics of its programs, while it lives.
+struct Statistics {
+    before: String,
+}
+
+impl Statistics {
+    fn on() -> Result<Self, String> {
+        let before = fs::read_to_string(BPF_STATISTICS).unwrap_or_default();
+        write(BPF_STATISTICS, "1")?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for Statistics {
+    fn drop(&mut self) {
+        // They cost a little, no more.
+        let _ = write(BPF_STATISTICS, self.before.trim());
+    }
 }
 
 fn workloads(workspace: &Path) -> Result<Vec<Workload>, String> {

@@ -2,15 +2,14 @@
 
 use std::{
     fs::File,
-    io::{Read as _, Write as _},
-    os::unix::fs::FileExt as _,
+    io::{self, Read as _},
 };
 
 use lzma_rust2::XzReader;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::debug;
 
-use super::{Section, summarize};
+use super::{Section, read, summarize};
 
 /// Where debug files are kept by build ID.
 const DEBUG_FILES: &str = "/usr/lib/debug/.build-id";
@@ -36,35 +35,14 @@ pub(crate) fn mini_debug_info(file: &File, sections: &[Section]) -> Option<File>
     if section.size > MAX_COMPRESSED {
         return None;
     }
-    let compressed = Piece { file, place: section.offset, left: section.size };
-    let mut reader = XzReader::new_mem_limit(compressed, false, MAX_MEMORY_KIB).take(MAX_DECOMPRESSED);
+    let compressed = read(file, section.offset, usize::try_from(section.size).ok()?)?;
+    let mut reader = XzReader::new_mem_limit(&*compressed, false, MAX_MEMORY_KIB).take(MAX_DECOMPRESSED);
     let mut contents = File::from(memfd_create(c"symbols", MFdFlags::MFD_CLOEXEC).ok()?);
-    let mut piece = vec![0; 64 << 10];
-    loop {
-        match reader.read(&mut piece) {
-            Ok(0) => return Some(contents),
-            Ok(read) => contents.write_all(piece.get(..read)?).ok()?,
-            Err(error) => {
-                debug!("MiniDebugInfo cannot be decompressed: {error}");
-                return None;
-            }
+    match io::copy(&mut reader, &mut contents) {
+        Ok(_) => Some(contents),
+        Err(error) => {
+            debug!("MiniDebugInfo cannot be decompressed: {error}");
+            None
         }
-    }
-}
-
-/// Reads a piece of a file.
-struct Piece<'a> {
-    file: &'a File,
-    place: u64,
-    left: u64,
-}
-
-impl std::io::Read for Piece<'_> {
-    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
-        let wanted = into.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
-        let read = self.file.read_at(&mut into[..wanted], self.place)?;
-        self.place = self.place.saturating_add(read as u64);
-        self.left -= read as u64;
-        Ok(read)
     }
 }

@@ -119,7 +119,7 @@ impl GoTable {
         }
     }
 
-    /// Every function, in the order of the table. `entry` is the place of its record.
+    /// Every function, in the order of the table.
     pub(crate) fn functions(&self) -> impl Iterator<Item = GoFunction> {
         (0..self.count)
             .map_while(|index| {

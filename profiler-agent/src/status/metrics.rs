@@ -77,7 +77,7 @@ pub(super) fn render(stats: &Stats) -> String {
         "frames_named_by_source",
         "Distinct frames of code in files, by where their name was found.",
         SymbolSource::ALL
-            .map(|source| (format!("source=\"{}\"", source.label()), symbolize.by_source[source.index()].to_string())),
+            .map(|source| (format!("source=\"{}\"", source.label()), symbolize.by_source[source as usize].to_string())),
     );
     page.counter("frames_unnamed", "Distinct frames for which no name was found.", symbolize.frames_unnamed);
     page.labelled(

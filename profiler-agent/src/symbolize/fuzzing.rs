@@ -26,7 +26,7 @@ pub fn symbols(bytes: &[u8]) {
     }
     let symbols = FileSymbols::read(&file, None);
     for address in addresses {
-        if let Some((name, _)) = symbols.name(address) {
+        if let Ok((name, _)) = symbols.name(address) {
             assert!(readable(&name).len() <= 1024);
         }
     }

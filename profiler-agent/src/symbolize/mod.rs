@@ -142,18 +142,16 @@ impl FrameNamer {
         for &offset in offsets {
             let offset = FileOffset(offset);
             let stated = executable.virtual_address(offset);
-            let found = symbols.as_ref().zip(stated).and_then(|(symbols, address)| symbols.name(address.0));
-            let name = match (found, &symbols) {
-                (Some((name, source)), _) => {
-                    self.stats.by_source[source.index()] += 1;
+            let found = match (&symbols, stated) {
+                (Some(symbols), Some(address)) => symbols.name(address.0),
+                _ => Err(Nameless::Unreadable),
+            };
+            let name = match found {
+                Ok((name, source)) => {
+                    self.stats.by_source[source as usize] += 1;
                     FrameName::Function(demangle::function(name))
                 }
-                (None, symbols) => {
-                    let reason = match symbols {
-                        Some(symbols) if stated.is_some() && symbols.is_empty() => Nameless::NoSymbols,
-                        Some(_) if stated.is_some() => Nameless::NotCovered,
-                        _ => Nameless::Unreadable,
-                    };
+                Err(reason) => {
                     self.stats.by_reason[reason as usize] += 1;
                     FrameName::Unnamed(reason)
                 }

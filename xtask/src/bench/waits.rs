@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{BPF_STATISTICS, bpf_objects, number, write};
+use super::{Statistics, bpf_objects, number};
 use crate::{
     Outcome,
     process::{find, run},
@@ -27,8 +27,6 @@ const COUNT: Duration = Duration::from_secs(15);
 const TURNS: &str = "60000";
 const RUNS: usize = 4;
 const PORT: &str = "16379";
-/// `BPF_PROG_TYPE_TRACING`.
-const TRACING: &str = "26";
 /// Programs and the packages that bring them.
 const PROGRAMS: &[(&str, &str)] = &[
     ("redis-server", "redis-server"),
@@ -94,20 +92,11 @@ fn switches(workspace: &Path, folder: &Path) -> Outcome {
     let output = output.to_string_lossy();
     // So few stacks that they do not count.
     let record = || Recording::start(workspace, &["--event", "off-cpu", "--wait-stacks", "20", "--output", &output]);
-    let before = fs::read_to_string(BPF_STATISTICS).unwrap_or_default();
-    write(BPF_STATISTICS, "1")?;
+    let statistics = Statistics::on()?;
     let recording = record()?;
     turn()?;
-    let programs: Vec<(u64, u64)> = bpf_objects(recording.0.id())
-        .iter()
-        .filter(|fields| fields.get("prog_type").is_some_and(|kind| kind == TRACING))
-        .map(|fields| {
-            let of = |name: &str| fields.get(name).map_or(0, |value| number(value));
-            (of("run_cnt"), of("run_time_ns"))
-        })
-        .collect();
-    drop(recording);
-    write(BPF_STATISTICS, before.trim())?;
+    let programs = program_times(recording.0.id());
+    drop((recording, statistics));
     // The program that runs most is the one that follows switches; where there is one that follows wake-ups, its time
     // counts too.
     let switches = programs.iter().map(|&(runs, _)| runs).max().unwrap_or_default().max(1);
@@ -195,21 +184,13 @@ fn pairs(workspace: &Path, recording: &Path, name: &str, read: impl Fn() -> Resu
 /// process.
 fn counted(recording: &Recording, name: &str) -> Outcome {
     let process = recording.0.id();
-    let before = fs::read_to_string(BPF_STATISTICS).unwrap_or_default();
-    write(BPF_STATISTICS, "1")?;
-    let programs = || {
-        let all = bpf_objects(process).into_iter().filter(|fields| fields.contains_key("prog_type"));
-        all.fold((0, 0), |(runs, time), fields| {
-            let of = |name: &str| fields.get(name).map_or(0, |value| number(value));
-            (runs + of("run_cnt"), time + of("run_time_ns"))
-        })
-    };
+    let _statistics = Statistics::on()?;
+    let programs = || program_times(process).into_iter().fold((0, 0), |sum, (runs, time)| (sum.0 + runs, sum.1 + time));
     thread::sleep(SETTLE);
     let (start, runs, cpu) = (Instant::now(), programs(), cpu_seconds(process));
     thread::sleep(COUNT);
     let (runs_after, cpu_after) = (programs(), cpu_seconds(process));
     let seconds = start.elapsed().as_secs_f64();
-    write(BPF_STATISTICS, before.trim())?;
     let cpus = thread::available_parallelism().map_or(1, usize::from);
     let share = |cpu_seconds: f64| 100.0 * cpu_seconds / seconds / cpus as f64;
     let (programs, agent) = (share((runs_after.1 - runs.1) as f64 / 1e9), share(cpu_after - cpu));
@@ -220,6 +201,13 @@ fn counted(recording: &Recording, name: &str) -> Outcome {
         programs + agent
     );
     Ok(())
+}
+
+/// How often each kernel program of a process has run, and for how many nanoseconds.
+fn program_times(process: u32) -> Vec<(u64, u64)> {
+    let programs = bpf_objects(process).into_iter().filter(|fields| fields.contains_key("prog_id"));
+    let of = |fields: &BTreeMap<String, String>, name: &str| fields.get(name).map_or(0, |value| number(value));
+    programs.map(|fields| (of(&fields, "run_cnt"), of(&fields, "run_time_ns"))).collect()
 }
 
 /// CPU time of a process so far.

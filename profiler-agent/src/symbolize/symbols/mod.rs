@@ -12,7 +12,7 @@ use tracing::debug;
 use self::index::{Function, Index, Names};
 use crate::{
     elf::{self, GoTable, SymbolTable},
-    profile::{Executable, ExecutableId},
+    profile::{Executable, ExecutableId, Nameless},
 };
 
 /// Most functions of one file: 16 MiB of memory. Browsers have half as many.
@@ -34,14 +34,9 @@ pub enum SymbolSource {
 }
 
 impl SymbolSource {
-    /// Every source, in the order of [`Self::index`].
+    /// Every source, in the order of their numbers.
     pub const ALL: [Self; 5] =
         [Self::SymbolTable, Self::DebugFile, Self::MiniDebugInfo, Self::DynamicSymbols, Self::GoTable];
-
-    /// Its place in [`Self::ALL`].
-    pub const fn index(self) -> usize {
-        self as usize
-    }
 
     /// Its name for people and metrics.
     pub const fn label(self) -> &'static str {
@@ -119,13 +114,10 @@ impl FileSymbols {
     }
 
     /// The function that holds a stated address, as the file calls it, and where it was found.
-    pub(super) fn name(&self, address: u64) -> Option<(String, SymbolSource)> {
-        self.indexes.iter().find_map(|(source, index)| Some((index.name(address)?, *source)))
-    }
-
-    /// Whether the file names any function.
-    pub(super) fn is_empty(&self) -> bool {
-        self.indexes.is_empty()
+    pub(super) fn name(&self, address: u64) -> Result<(String, SymbolSource), Nameless> {
+        let nameless = if self.indexes.is_empty() { Nameless::NoSymbols } else { Nameless::NotCovered };
+        let found = self.indexes.iter().find_map(|(source, index)| Some((index.name(address)?, *source)));
+        found.ok_or(nameless)
     }
 
     fn bytes(&self) -> usize {
