@@ -52,6 +52,11 @@ const BATCH_QUEUE: usize = 2;
 /// Profiles that may wait for the exporters.
 const PROFILE_QUEUE: usize = 4;
 
+/// How long the namer waits for a file before it leaves its frames pending: until the window closes, and once more then.
+const NAMING_PATIENCE: Duration = Duration::from_secs(1);
+/// How long it waits for files where nothing comes after the window.
+const LAST_PATIENCE: Duration = Duration::from_secs(20);
+
 /// Rows that each CPU may add to the sample buffers per second: a stack of its own for every sample of CPU time, and
 /// of waits as many stacks as steady services have.
 pub fn rows_per_second(events: Events, frequency: u64) -> u64 {
@@ -422,24 +427,33 @@ async fn flush_log(log: &mut Option<AsyncFd<DebugLog>>) {
 fn name_batches(batches: &Receiver<Batch>, profiles: &mpsc::Sender<Profile>, options: &Options, stats: &Stats) {
     let mut namer = FrameNamer::new(options.names_bytes);
     let mut window = Window::open(options.events, options.period);
+    let patience = if options.window.is_some() { NAMING_PATIENCE } else { LAST_PATIENCE };
     for batch in batches {
-        let frames = namer.name(&batch.samples);
+        let frames = namer.name(&batch.samples, NAMING_PATIENCE);
         for (sample, frames) in batch.samples.iter().zip(frames) {
             window.add(sample, frames);
         }
         stats.set_symbolize(namer.stats());
         if batch.closes_window || window.is_full() {
-            close_window(&mut window, profiles, stats);
+            close_window(&mut window, &mut namer, patience, profiles, stats);
         }
     }
     if !window.is_empty() {
-        close_window(&mut window, profiles, stats);
+        close_window(&mut window, &mut namer, patience, profiles, stats);
     }
 }
 
 /// Hands the window's profile to the exporters, or counts it where they are behind.
-fn close_window(window: &mut Window, profiles: &mpsc::Sender<Profile>, stats: &Stats) {
-    let profile = window.close();
+fn close_window(
+    window: &mut Window,
+    namer: &mut FrameNamer,
+    patience: Duration,
+    profiles: &mpsc::Sender<Profile>,
+    stats: &Stats,
+) {
+    let mut profile = window.close();
+    namer.settle(&mut profile, patience);
+    stats.set_symbolize(namer.stats());
     stats.windows_closed.add(1);
     stats.rows_exported.add(profile.samples.len() as u64);
     let total = profile.total();

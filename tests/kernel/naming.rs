@@ -11,7 +11,7 @@ use profiler_tests::{Folded, Native, folded, kernel_is_usable, native, record, r
 /// Seconds that each program runs for.
 const SECONDS: &str = "3";
 
-/// Records a program that has no children.
+/// Records a command that has no children.
 fn record_program(binary: &Path, arguments: &[&str]) -> Vec<Folded> {
     let mut command = record(&["--frequency", "499", "--output", "-", "--"]);
     let outcome = run(command.arg(binary).args(arguments));
@@ -37,8 +37,11 @@ fn named_and_not(stacks: &[Folded], binary: &Path) -> (u64, u64) {
 }
 
 fn check_named(name: &str, binary: &Path, arguments: &[&str]) {
-    let stacks = record_program(binary, arguments);
-    let (named, nameless) = named_and_not(&stacks, binary);
+    check_all_named(name, binary, &record_program(binary, arguments));
+}
+
+fn check_all_named(name: &str, binary: &Path, stacks: &[Folded]) {
+    let (named, nameless) = named_and_not(stacks, binary);
     println!("{name:24} {named} frames with names, {nameless} without");
     assert!(named > 1000 && nameless * 100 <= named, "{name}: {nameless} frames have no name");
 }
@@ -63,10 +66,62 @@ fn functions_are_named() {
 
 /// A copy of the C program without symbols.
 fn stripped(folder: &Path) -> PathBuf {
+    strip(&native(Native::C), folder)
+}
+
+/// A copy of a program without symbols.
+fn strip(program: &Path, folder: &Path) -> PathBuf {
     let binary = folder.join("stripped");
-    fs::copy(native(Native::C), &binary).expect("a copy");
+    fs::copy(program, &binary).expect("a copy");
     assert!(run(Command::new("strip").arg(&binary)).status.success());
     binary
+}
+
+/// Splits the symbols of a program off into a file of their own.
+fn split_off(program: &Path, debug_file: &Path) {
+    fs::create_dir_all(debug_file.parent().expect("a folder")).expect("a folder");
+    let outcome = run(Command::new("objcopy").arg("--only-keep-debug").arg(program).arg(debug_file));
+    assert!(outcome.status.success(), "{}", stderr(&outcome));
+}
+
+/// A debug file that the program links to by name and checksum, beside it as GDB expects it.
+#[test]
+fn debug_links_are_followed() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let folder = scratch("link");
+    let (binary, debug_file) = (stripped(&folder), folder.join(".debug/symbols"));
+    split_off(&native(Native::C), &debug_file);
+    let link = format!("--add-gnu-debuglink={}", debug_file.display());
+    assert!(
+        run(Command::new("objcopy").args([&link, "--remove-section=.note.gnu.build-id"]).arg(&binary)).status.success()
+    );
+    check_named("c, debug link", &binary, &["chain", SECONDS]);
+
+    // Of another file, it would tell lies.
+    split_off(&native(Native::Cpp), &debug_file);
+    let (named, nameless) = named_and_not(&record_program(&binary, &["chain", SECONDS]), &binary);
+    assert!(named * 10 < nameless, "{named} frames are named by the debug file of another program, {nameless} are not");
+}
+
+/// A debug file inside a container's root, where the machine has none.
+#[test]
+fn debug_files_are_found_in_other_roots() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let program = native(Native::CStaticPie);
+    let root = scratch("root");
+    let binary = strip(&program, &root);
+    let notes = stdout(&run(Command::new("readelf").arg("--notes").arg(&program)));
+    let build_id =
+        notes.split("Build ID: ").nth(1).and_then(|rest| rest.split_whitespace().next()).expect("a build ID");
+    let (first, rest) = build_id.split_at(2);
+    split_off(&program, &root.join(format!("usr/lib/debug/.build-id/{first}/{rest}.debug")));
+    let root = root.to_string_lossy();
+    let stacks = record_program(Path::new("chroot"), &[&root, "/stripped", "chain", SECONDS]);
+    check_all_named("c, debug file in a root", &binary, &stacks);
 }
 
 /// Symbols that a distribution keeps, compressed, inside its stripped programs.

@@ -19,7 +19,7 @@ use object::{
 };
 
 pub(crate) use self::{
-    debug_file::{debug_file, mini_debug_info},
+    debug_file::{debug_file, debug_file_name, debug_link, is_split_off, mini_debug_info},
     go_table::{GoFunction, GoTable},
     symbols::{SymbolTable, symbol_tables},
 };
@@ -35,6 +35,10 @@ const MAX_SECTIONS: usize = 4096;
 const MAX_SECTION_NAMES: usize = 256 << 10;
 /// Most bytes of all symbol tables in which functions are looked for: about 350,000 symbols.
 const MAX_FUNCTION_BYTES: u64 = 8 << 20;
+/// What is compared of two files at a time, bytes.
+const COMPARED: usize = 256 << 10;
+/// Most bytes of two files that are compared.
+const MAX_COMPARED: u64 = 512 << 20;
 /// Longest build ID kept.
 const MAX_BUILD_ID: usize = 64;
 
@@ -131,6 +135,32 @@ pub(crate) fn unwind_index(file: &File) -> Option<UnwindIndex> {
     })?;
     let part_end = part.p_offset.get(LE).checked_add(part.p_filesz.get(LE))?;
     Some(UnwindIndex { address, offset, size: index.p_filesz.get(LE), part_end })
+}
+
+/// Whether two files have the same headers, and the same contents but for their code and debug information.
+pub(crate) fn tables_are_equal(a: &File, b: &File) -> bool {
+    let len = |file: &File| file.metadata().ok().map(|metadata| metadata.len());
+    let tables = |file: &File| {
+        let mut sections = sections(file);
+        sections.retain(|section| !section.is_code && !section.name.starts_with(".debug"));
+        sections
+    };
+    let tables_of_a = tables(a);
+    let is_equal = |section: &Section| {
+        let end = section.offset.saturating_add(section.size);
+        (section.offset..end).step_by(COMPARED).all(|place| {
+            let piece = COMPARED.min(usize::try_from(end - place).unwrap_or(COMPARED));
+            let contents = read(a, place, piece);
+            contents.is_some() && contents == read(b, place, piece)
+        })
+    };
+    let is_known = len(a).is_some() && len(a) == len(b) && !tables_of_a.is_empty();
+    let compared = tables_of_a.iter().fold(0u64, |sum, section| sum.saturating_add(section.size));
+    is_known
+        && compared <= MAX_COMPARED
+        && summarize(a) == summarize(b)
+        && tables_of_a == tables(b)
+        && tables_of_a.iter().all(is_equal)
 }
 
 /// Stated address of the program's first instruction.

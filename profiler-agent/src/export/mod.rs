@@ -95,7 +95,8 @@ pub(crate) mod testing {
                 size: 0x4000,
                 address: VirtualAddress(0x40_1000),
             }]),
-            file: Mutex::new(None),
+            file: Mutex::default(),
+            debug: Mutex::default(),
         });
         let native = |name, address| {
             Arc::new(Frame { frame_type: FrameType::Native, name, executable: Some(Arc::clone(&executable)), address })

@@ -15,10 +15,13 @@ use tracing::debug;
 
 use profiler_common::abi::tables::MAX_EXECUTABLES;
 
-use super::proc_fs::{self, MapsLine};
+use super::{
+    proc_fs::{self, MapsLine},
+    split_debug,
+};
 use crate::{
     elf::{self, ElfSummary},
-    profile::{Executable, ExecutableId},
+    profile::{Executable, ExecutableId, SplitDebug},
 };
 
 /// Most files kept open. Further ones are known by name only, and opened when there is room.
@@ -149,7 +152,8 @@ impl Executables {
         let file = if is_room { open(tgid, line) } else { None };
         let stamp = file.as_ref().and_then(Stamp::of);
         let summary = file.as_ref().and_then(elf::summarize).unwrap_or_default();
-        let file = self.add(line.path.clone(), summary, file)?;
+        let debug = file.as_ref().and_then(|file| split_debug::find(tgid, line, file, summary.build_id.as_deref()));
+        let file = self.add(line.path.clone(), summary, file, debug)?;
         self.entries.insert(key, Entry { file: Arc::clone(&file), stamp, tried: generation, last_mapped: generation });
         Some(file)
     }
@@ -181,7 +185,13 @@ impl Executables {
     }
 
     /// `None`: there are too many already.
-    fn add(&mut self, path: String, summary: ElfSummary, file: Option<File>) -> Option<Arc<MappedFile>> {
+    fn add(
+        &mut self,
+        path: String,
+        summary: ElfSummary,
+        file: Option<File>,
+        debug: Option<SplitDebug>,
+    ) -> Option<Arc<MappedFile>> {
         let id = ExecutableId(self.next_id);
         self.next_id = self.next_id.wrapping_add(1);
         let table = self.free_tables.pop_front()?;
@@ -192,6 +202,7 @@ impl Executables {
             build_id: summary.build_id,
             segments: summary.segments.into(),
             file: Mutex::new(file.map(Arc::new)),
+            debug: Mutex::new(debug.map(Arc::new)),
         });
         self.by_table.insert(table, Arc::clone(&file));
         // A late sample in the number's last file may have asked for a table that nobody made.
@@ -204,7 +215,7 @@ impl Executables {
         if self.vdso.is_none() {
             let file = copy_own_vdso();
             let summary = file.as_ref().and_then(elf::summarize).unwrap_or_default();
-            self.vdso = self.add(VDSO.to_owned(), summary, file);
+            self.vdso = self.add(VDSO.to_owned(), summary, file, None);
         }
         self.vdso.clone()
     }
@@ -229,7 +240,11 @@ fn open(tgid: u32, line: &MapsLine) -> Option<File> {
 /// Opens a regular file and nothing else: opening a pipe may block, opening a device may do anything. The path
 /// is looked up once, without opening what it names, so that it cannot become something else in between.
 fn open_regular(path: &str) -> Option<File> {
-    let place = OpenOptions::new().read(true).custom_flags(nix::libc::O_PATH).open(path).ok()?;
+    reopen_regular(&OpenOptions::new().read(true).custom_flags(nix::libc::O_PATH).open(path).ok()?)
+}
+
+/// Opens a place for reading, where it is a regular file.
+pub(super) fn reopen_regular(place: &File) -> Option<File> {
     if !place.metadata().ok()?.is_file() {
         return None;
     }

@@ -89,7 +89,8 @@ pub fn mappings(bytes: &[u8]) {
             path: String::new(),
             build_id: None,
             segments: [Segment { offset: FileOffset(3), size: 200, address: VirtualAddress(1000) }].into(),
-            file: Mutex::new(None),
+            file: Mutex::default(),
+            debug: Mutex::default(),
         })))
     });
     let mut input = Input(bytes);

@@ -146,7 +146,8 @@ mod tests {
             path: format!("/{id}"),
             build_id: None,
             segments: segments.into(),
-            file: Mutex::new(None),
+            file: Mutex::default(),
+            debug: Mutex::default(),
         }))))
     }
 

@@ -37,6 +37,18 @@ pub struct Executable {
     pub segments: Box<[Segment]>,
     /// The file itself; see [`Self::file`].
     pub(crate) file: Mutex<Option<Arc<File>>>,
+    /// See [`Self::debug_file`].
+    pub(crate) debug: Mutex<Option<Arc<SplitDebug>>>,
+}
+
+/// A file that may have been split off an executable, with its symbols and debug information: nobody has looked yet
+/// whether it belongs to it.
+#[derive(Debug)]
+pub struct SplitDebug {
+    /// The file.
+    pub file: Arc<File>,
+    /// The CRC-32 of the file's contents that the executable states, where that is how it was found.
+    pub checksum: Option<u32>,
 }
 
 impl Executable {
@@ -52,9 +64,15 @@ impl Executable {
         self.file.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Lets go of the file, so that a deleted one can be freed.
+    /// The file that may have been split off it, where the process that mapped it could see one.
+    pub fn debug_file(&self) -> Option<Arc<SplitDebug>> {
+        self.debug.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Lets go of the files, so that deleted ones can be freed.
     pub fn close(&self) {
         *self.file.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.debug.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// The executable segment that holds `offset`.
@@ -80,6 +98,12 @@ impl Executable {
             .iter()
             .find(|segment| segment.offset.0 < end && offset.0 < segment.offset.0.saturating_add(segment.size))?;
         Some(segment.address.0.wrapping_sub(segment.offset.0))
+    }
+
+    /// Where in the file the code with this stated address is.
+    pub fn file_offset(&self, address: u64) -> Option<FileOffset> {
+        let segment = self.segment_at(address)?;
+        segment.offset.0.checked_add(address - segment.address.0).map(FileOffset)
     }
 
     /// The address that the file states for `offset`.

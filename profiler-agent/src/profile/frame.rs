@@ -57,11 +57,15 @@ pub enum Nameless {
     NoSymbols,
     /// None of the functions it tells about holds the place.
     NotCovered,
+    /// It is still being read.
+    Pending,
+    /// Reading it took too long.
+    TooSlow,
 }
 
 impl Nameless {
     /// Every reason.
-    pub const ALL: [Self; 3] = [Self::Unreadable, Self::NoSymbols, Self::NotCovered];
+    pub const ALL: [Self; 5] = [Self::Unreadable, Self::NoSymbols, Self::NotCovered, Self::Pending, Self::TooSlow];
 
     /// Its name for people, metrics and attributes.
     pub const fn label(self) -> &'static str {
@@ -69,6 +73,8 @@ impl Nameless {
             Self::Unreadable => "file unreadable",
             Self::NoSymbols => "no symbols",
             Self::NotCovered => "not covered by symbols",
+            Self::Pending => "symbols pending",
+            Self::TooSlow => "symbols too slow",
         }
     }
 }

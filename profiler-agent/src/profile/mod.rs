@@ -12,7 +12,7 @@ mod sample;
 pub use self::{
     address::{CodeAddress, FileOffset, VirtualAddress},
     events::{Events, Tally},
-    executable::{Executable, ExecutableId, Segment},
+    executable::{Executable, ExecutableId, Segment, SplitDebug},
     frame::{Frame, FrameName, FrameType, FunctionName, Nameless, printable},
     located::{LocatedSample, Location, ProcessInfo},
     raw::{DecodeError, RawSample, WaitDue, Waited},

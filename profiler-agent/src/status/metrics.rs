@@ -88,6 +88,9 @@ pub(super) fn render(stats: &Stats) -> String {
     );
     page.gauge("symbol_bytes", "Bytes that symbols of files take.", symbolize.symbol_bytes);
     page.counter("symbols_read", "Times the symbols of a file were read.", symbolize.symbols_read);
+    page.counter("symbols_shared", "Files that were equal to one that had been read.", symbolize.symbols_shared);
+    page.counter("symbols_overdue", "Files whose symbols took too long to read.", symbolize.symbols_overdue);
+    page.gauge("symbols_pending", "Files whose symbols are being read.", symbolize.symbols_pending);
     page.counter("symbols_evicted", "Files whose symbols were dropped to keep the budget.", symbolize.symbols_evicted);
     page.counter("frame_cache_evictions", "Times half of the frame cache was dropped.", symbolize.cache_evictions);
     page.gauge("frame_cache_bytes", "Estimated bytes of named frames kept.", symbolize.cache_bytes);

@@ -66,6 +66,15 @@ impl FrameCache {
         }
     }
 
+    /// Drops one frame.
+    pub(super) fn forget(&mut self, key: FrameKey) {
+        for (frames, bytes) in [(&mut self.young, &mut self.young_bytes), (&mut self.old, &mut self.old_bytes)] {
+            if let Some(frame) = frames.remove(&key) {
+                *bytes = bytes.saturating_sub(bytes_of(&frame));
+            }
+        }
+    }
+
     /// Drops every kernel frame: their addresses may mean something else now.
     pub(super) fn forget_kernel(&mut self) {
         for (frames, bytes) in [(&mut self.young, &mut self.young_bytes), (&mut self.old, &mut self.old_bytes)] {

@@ -2,7 +2,8 @@
 //!
 //! In: located samples. Out: the frames of each, shared through a cache with a byte budget. A miss is a
 //! value with a reason, never an error. Runs on one thread, because blazesym's symbolizer, which names the kernel's
-//! functions, is neither `Send` nor `Sync`.
+//! functions, is neither `Send` nor `Sync`; files are read by threads of their own, and frames whose file is not read in
+//! time are pending until [`FrameNamer::settle`].
 
 mod cache;
 mod demangle;
@@ -13,6 +14,7 @@ mod symbols;
 use std::{
     collections::{BTreeSet, HashMap},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use blazesym::{
@@ -27,9 +29,11 @@ use tracing::debug;
 pub use self::symbols::SymbolSource;
 use self::{
     cache::{FrameCache, FrameKey},
-    symbols::SymbolStore,
+    symbols::{FileSymbols, SymbolStore},
 };
-use crate::profile::{Executable, FileOffset, Frame, FrameName, FrameType, LocatedSample, Location, Nameless};
+use crate::profile::{
+    Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, LocatedSample, Location, Nameless, Profile,
+};
 
 /// Names of loaded kernel modules and their addresses: kernel symbols are read again when it changes.
 const MODULES: &str = "/proc/modules";
@@ -47,21 +51,32 @@ pub struct SymbolizeStats {
     pub by_reason: [u64; Nameless::ALL.len()],
     /// Bytes that symbols of files take.
     pub symbol_bytes: usize,
-    /// Files whose symbols were read, and of how many they were dropped to keep the budget.
+    /// Files whose symbols were read.
     pub symbols_read: u64,
-    /// See [`Self::symbols_read`].
+    /// Files that were equal to one that had been read.
+    pub symbols_shared: u64,
+    /// Files whose symbols were dropped to keep the budget.
     pub symbols_evicted: u64,
+    /// Files that took too long to read.
+    pub symbols_overdue: u64,
+    /// Files that are being read, or will be.
+    pub symbols_pending: usize,
     /// Bytes the frame cache holds, estimated.
     pub cache_bytes: usize,
     /// Times half of the frame cache was dropped to keep its budget.
     pub cache_evictions: u64,
 }
 
+/// Places to name, by the file they are in.
+type Places = HashMap<ExecutableId, (Arc<Executable>, BTreeSet<FileOffset>)>;
+
 /// Names frames and remembers them.
 pub struct FrameNamer {
     symbolizer: Symbolizer,
     cache: FrameCache,
     symbols: SymbolStore,
+    /// Frames in the cache whose files are not read yet: none of them outlives its batch there.
+    pending: Vec<FrameKey>,
     /// What [`MODULES`] said when kernel symbols were read.
     modules: Vec<u8>,
     stats: SymbolizeStats,
@@ -74,35 +89,68 @@ impl FrameNamer {
             symbolizer: kernel_symbolizer(),
             cache: FrameCache::new(budget / 2),
             symbols: SymbolStore::new(budget / 2),
+            pending: Vec::new(),
             modules: std::fs::read(MODULES).unwrap_or_default(),
             stats: SymbolizeStats::default(),
         }
     }
 
-    /// Names every frame of the samples. The result has one vector of frames per sample, leaf first.
-    pub fn name(&mut self, samples: &[LocatedSample]) -> Vec<Vec<Arc<Frame>>> {
+    /// Names every frame of the samples. The result has one vector of frames per sample, leaf first. Files that have not
+    /// been read by the end of `patience` are read on; their frames are pending.
+    pub fn name(&mut self, samples: &[LocatedSample], patience: Duration) -> Vec<Vec<Arc<Frame>>> {
         self.forget_stale();
-        self.resolve_missing(samples);
+        self.resolve_missing(samples, patience);
         samples.iter().map(|sample| sample.locations.iter().map(|location| self.frame(location)).collect()).collect()
+    }
+
+    /// Names the frames of a profile that were pending when they were asked for. Waits for their files, but not for
+    /// longer than `patience`.
+    pub fn settle(&mut self, profile: &mut Profile, patience: Duration) {
+        self.forget_stale();
+        let place_of = |frame: &Frame| {
+            let is_pending = frame.name == FrameName::Unnamed(Nameless::Pending);
+            let executable = frame.executable.as_ref().filter(|_| is_pending)?;
+            Some((Arc::clone(executable), executable.file_offset(frame.address)?))
+        };
+        let mut files = Places::new();
+        for (executable, offset) in
+            profile.samples.iter().flat_map(|sample| &sample.frames).filter_map(|frame| place_of(frame))
+        {
+            files.entry(executable.id).or_insert_with(|| (executable, BTreeSet::new())).1.insert(offset);
+        }
+        if files.is_empty() {
+            return;
+        }
+        self.resolve_files(files, patience, true);
+        for frame in profile.samples.iter_mut().flat_map(|sample| &mut sample.frames) {
+            if let Some((executable, offset)) = place_of(frame)
+                && let Some(settled) = self.cache.get(FrameKey::File(executable.id, offset))
+            {
+                *frame = settled;
+            }
+        }
     }
 
     /// Counts so far.
     pub fn stats(&self) -> SymbolizeStats {
-        let (symbol_bytes, symbols_read, symbols_evicted) = self.symbols.stats();
+        let symbols = self.symbols.stats();
         SymbolizeStats {
             cache_bytes: self.cache.bytes(),
             cache_evictions: self.cache.evictions(),
-            symbol_bytes,
-            symbols_read,
-            symbols_evicted,
+            symbol_bytes: symbols.bytes,
+            symbols_read: symbols.read,
+            symbols_shared: symbols.shared,
+            symbols_evicted: symbols.evicted,
+            symbols_overdue: symbols.overdue,
+            symbols_pending: symbols.pending,
             ..self.stats
         }
     }
 
     /// Looks up everything that is not cached, one call per file.
-    fn resolve_missing(&mut self, samples: &[LocatedSample]) {
+    fn resolve_missing(&mut self, samples: &[LocatedSample], patience: Duration) {
         let mut kernel = BTreeSet::new();
-        let mut files: HashMap<_, (Arc<Executable>, BTreeSet<u64>)> = HashMap::new();
+        let mut files = Places::new();
         for location in samples.iter().flat_map(|sample| &sample.locations) {
             if self.cache.get(FrameKey::of(location)).is_some() {
                 continue;
@@ -113,7 +161,7 @@ impl FrameNamer {
                 }
                 Location::File { executable, offset } => {
                     let entry = files.entry(executable.id).or_insert_with(|| (Arc::clone(executable), BTreeSet::new()));
-                    entry.1.insert(offset.0);
+                    entry.1.insert(*offset);
                 }
                 Location::Anonymous(_) | Location::Unmapped(_) => {}
             }
@@ -121,8 +169,38 @@ impl FrameNamer {
         if !kernel.is_empty() {
             self.resolve_kernel(&kernel.into_iter().collect::<Vec<_>>());
         }
-        for (executable, offsets) in files.into_values() {
-            self.resolve_file(&executable, &offsets.into_iter().collect::<Vec<_>>());
+        self.resolve_files(files, patience, false);
+    }
+
+    /// Names places in files, each file's as soon as it is read. Files that somebody has waited for in vain are only
+    /// waited for again where that is asked for.
+    fn resolve_files(&mut self, mut files: Places, patience: Duration, waits_again: bool) {
+        let deadline = Instant::now() + patience;
+        let names_of = |namer: &mut Self, (executable, offsets): &(Arc<Executable>, BTreeSet<FileOffset>)| {
+            let symbols = namer.symbols.of(executable);
+            let is_pending = matches!(symbols, Err(Nameless::Pending));
+            if !is_pending {
+                offsets.iter().for_each(|&offset| namer.resolve_place(executable, offset, &symbols));
+            }
+            is_pending
+        };
+        files.retain(|_, places| names_of(self, places));
+        while files.keys().any(|&id| waits_again || !self.symbols.is_slow(id)) {
+            let Some(id) = self.symbols.next(deadline) else { break };
+            if let Some(places) = files.remove(&id)
+                && names_of(self, &places)
+            {
+                files.insert(id, places);
+            }
+        }
+        for (id, (executable, offsets)) in files {
+            self.symbols.set_slow(id);
+            if waits_again {
+                self.stats.by_reason[Nameless::Pending as usize] += offsets.len() as u64;
+            }
+            for offset in offsets {
+                self.resolve_place(&executable, offset, &Err(Nameless::Pending));
+            }
         }
     }
 
@@ -137,36 +215,42 @@ impl FrameNamer {
         }
     }
 
-    fn resolve_file(&mut self, executable: &Arc<Executable>, offsets: &[u64]) {
-        let symbols = self.symbols.of(executable);
-        for &offset in offsets {
-            let offset = FileOffset(offset);
-            let stated = executable.virtual_address(offset);
-            let found = match (&symbols, stated) {
-                (Some(symbols), Some(address)) => symbols.name(address.0),
-                _ => Err(Nameless::Unreadable),
-            };
-            let name = match found {
-                Ok((name, source)) => {
-                    self.stats.by_source[source as usize] += 1;
-                    FrameName::Function(demangle::function(name))
-                }
-                Err(reason) => {
+    fn resolve_place(
+        &mut self,
+        executable: &Arc<Executable>,
+        offset: FileOffset,
+        symbols: &Result<Arc<FileSymbols>, Nameless>,
+    ) {
+        let stated = executable.virtual_address(offset);
+        let found = match (symbols, stated) {
+            (Ok(symbols), Some(address)) => symbols.name(address.0),
+            (_, None) => Err(Nameless::Unreadable),
+            (Err(reason), Some(_)) => Err(*reason),
+        };
+        let key = FrameKey::File(executable.id, offset);
+        let name = match found {
+            Ok((name, source)) => {
+                self.stats.by_source[source as usize] += 1;
+                FrameName::Function(demangle::function(name))
+            }
+            Err(reason) => {
+                // (Counted when nobody waits for it any longer.)
+                if reason == Nameless::Pending {
+                    self.pending.push(key);
+                } else {
                     self.stats.by_reason[reason as usize] += 1;
-                    FrameName::Unnamed(reason)
                 }
-            };
-            let address = stated.map_or(offset.0, |address| address.0);
-            self.add(
-                FrameKey::File(executable.id, offset),
-                Frame { frame_type: FrameType::Native, name, executable: Some(Arc::clone(executable)), address },
-            );
-        }
+                FrameName::Unnamed(reason)
+            }
+        };
+        let address = stated.map_or(offset.0, |address| address.0);
+        self.add(key, Frame { frame_type: FrameType::Native, name, executable: Some(Arc::clone(executable)), address });
     }
 
     fn add(&mut self, key: FrameKey, frame: Frame) {
         match frame.name {
             FrameName::Function(_) => self.stats.frames_named += 1,
+            FrameName::Unnamed(Nameless::Pending) => {}
             _ => self.stats.frames_unnamed += 1,
         }
         self.cache.insert(key, Arc::new(frame));
@@ -186,7 +270,8 @@ impl FrameNamer {
                 return self.cache.get(key).unwrap_or_else(|| unnamed(FrameType::Kernel, *address, None));
             }
             Location::File { executable, offset } => {
-                self.resolve_file(executable, &[offset.0]);
+                let symbols = self.symbols.of(executable);
+                self.resolve_place(executable, *offset, &symbols);
                 return self
                     .cache
                     .get(key)
@@ -199,9 +284,12 @@ impl FrameNamer {
         frame
     }
 
-    /// Lets go of files that were closed, and of kernel symbols when modules came or went.
+    /// Lets go of files that were closed, of frames that were pending, and of kernel symbols when modules came or went.
     fn forget_stale(&mut self) {
         self.symbols.forget_closed();
+        for key in std::mem::take(&mut self.pending) {
+            self.cache.forget(key);
+        }
         let modules = std::fs::read(MODULES).unwrap_or_default();
         if modules != self.modules {
             debug!("kernel modules changed: symbols are read again");
@@ -240,4 +328,70 @@ fn names_of(result: blazesym::Result<Vec<Symbolized<'_>>>, len: usize) -> Vec<Fr
         .collect();
     names.resize(len, FrameName::Unnamed(Nameless::Unreadable));
     names
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::{fs::File, sync::Mutex, time::SystemTime};
+
+    use profiler_common::abi::{
+        process::ProcessKey,
+        sample::{EventKind, StackEnd},
+    };
+
+    use super::*;
+    use crate::{
+        elf,
+        profile::{Events, ProcessInfo, Sample},
+    };
+
+    /// This very program, as if it were another file.
+    pub(crate) fn own(id: u32, build_id: &[u8]) -> Arc<Executable> {
+        let file = File::open("/proc/self/exe").expect("own executable");
+        let summary = elf::summarize(&file).expect("an ELF file");
+        Arc::new(Executable {
+            id: ExecutableId(id),
+            table: 1,
+            path: "/own".to_owned(),
+            build_id: Some(build_id.into()),
+            segments: summary.segments.into(),
+            file: Mutex::new(Some(Arc::new(file))),
+            debug: Mutex::default(),
+        })
+    }
+
+    /// What nobody has waited for is pending, is not remembered as that, and has its name when the window closes.
+    #[test]
+    fn pending_frames_are_settled() {
+        let executable = own(0, &[1]);
+        let address = elf::functions(&executable.file().expect("own executable")).pop_first().expect("a function");
+        let offset = executable.file_offset(address).expect("code");
+        let process = Arc::new(ProcessInfo { key: ProcessKey::default(), name: String::new() });
+        let sample = LocatedSample {
+            process: Arc::clone(&process),
+            thread_name: "".into(),
+            kind: EventKind::OnCpu,
+            end: StackEnd::Root,
+            locations: vec![Location::File { executable, offset }, Location::Unmapped(7)],
+            count: 1,
+            time_ns: 0,
+        };
+        let mut namer = FrameNamer::new(1 << 30);
+        let frames = namer.name(&[sample], Duration::ZERO).pop().expect("a stack");
+        assert_eq!(frames[0].name, FrameName::Unnamed(Nameless::Pending));
+        assert_eq!(namer.stats().frames_unnamed, 1, "what is pending is not lost yet");
+        let (kind, end) = (EventKind::OnCpu, StackEnd::Root);
+        let row = Sample { process, thread_name: "".into(), kind, end, frames, count: 1, time_ns: 0 };
+        let mut profile = Profile {
+            events: Events::OnCpu,
+            start: SystemTime::UNIX_EPOCH,
+            duration: Duration::ZERO,
+            period: Duration::ZERO,
+            samples: vec![row],
+        };
+        namer.settle(&mut profile, Duration::from_secs(60));
+        let frames = &profile.samples[0].frames;
+        assert!(matches!(frames[0].name, FrameName::Function(_)), "{:?}", frames[0].name);
+        assert_eq!(frames[1].name, FrameName::Unmapped);
+    }
 }

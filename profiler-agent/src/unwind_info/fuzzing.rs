@@ -179,6 +179,7 @@ pub fn executable(bytes: &[u8]) {
         build_id: summary.build_id,
         segments: summary.segments.into(),
         file: Mutex::new(Some(Arc::clone(&file))),
+        debug: Mutex::default(),
     };
     let Some(source) = Source::read(&executable) else { return };
     let _ = source.fingerprint(&BuildHasherDefault::<DefaultHasher>::default());

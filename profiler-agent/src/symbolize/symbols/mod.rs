@@ -1,18 +1,21 @@
-//! Functions of files, within a byte budget.
+//! Functions of files.
 //!
 //! A file may say what its functions are called in several places. What says most is asked first, and what it does not
 //! know is asked of the next. Names stay in their files: only where they are is kept.
 
 mod index;
+mod store;
+mod workers;
 
-use std::{collections::HashMap, fs::File, sync::Arc};
+use std::{fs::File, sync::Arc};
 
 use tracing::debug;
 
 use self::index::{Function, Index, Names};
+pub(super) use self::store::SymbolStore;
 use crate::{
     elf::{self, GoTable, SymbolTable},
-    profile::{Executable, ExecutableId, Nameless},
+    profile::{Nameless, SplitDebug},
 };
 
 /// Most functions of one file: 16 MiB of memory. Browsers have half as many.
@@ -51,8 +54,10 @@ impl SymbolSource {
 }
 
 /// What one file says its functions are called.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct FileSymbols {
+    /// The file itself.
+    file: Arc<File>,
     /// What is asked first comes first.
     indexes: Vec<(SymbolSource, Index)>,
     /// Bytes of files that were made in memory.
@@ -60,17 +65,19 @@ pub(super) struct FileSymbols {
 }
 
 impl FileSymbols {
-    /// Reads everything that names functions of the file.
-    pub(super) fn read(file: &Arc<File>, build_id: Option<&[u8]>) -> Self {
-        let mut symbols = Self::default();
+    /// Reads everything that names functions of the file. `debug` may have been split off it.
+    pub(super) fn read(file: &Arc<File>, build_id: Option<&[u8]>, debug: Option<&SplitDebug>) -> Self {
+        let mut symbols = Self { file: Arc::clone(file), indexes: Vec::new(), made: 0 };
         symbols.add_tables(file, SymbolSource::SymbolTable);
-        let sections = elf::sections(file);
-        if symbols.indexes.is_empty()
-            && let Some(debug_file) = build_id.and_then(elf::debug_file)
-        {
-            symbols.add_tables(&Arc::new(debug_file), SymbolSource::DebugFile);
+        if symbols.indexes.is_empty() {
+            let of_process =
+                debug.filter(|debug| elf::is_split_off(debug, build_id)).map(|debug| Arc::clone(&debug.file));
+            if let Some(split) = of_process.or_else(|| build_id.and_then(elf::debug_file).map(Arc::new)) {
+                symbols.add_tables(&split, SymbolSource::DebugFile);
+            }
         }
         if symbols.indexes.is_empty() {
+            let sections = elf::sections(file);
             if let Some(inside) = elf::mini_debug_info(file, &sections) {
                 symbols.made = inside.metadata().map_or(0, |metadata| usize::try_from(metadata.len()).unwrap_or(0));
                 symbols.add_tables(&Arc::new(inside), SymbolSource::MiniDebugInfo);
@@ -81,6 +88,13 @@ impl FileSymbols {
             }
         }
         symbols
+    }
+
+    /// Whether they are the symbols of that file too: it says the same, and has nothing besides that says more.
+    pub(super) fn are_of(&self, file: &File, has_debug: bool) -> bool {
+        let says_most =
+            |(source, _): &(SymbolSource, Index)| matches!(source, SymbolSource::SymbolTable | SymbolSource::DebugFile);
+        (!has_debug || self.indexes.iter().any(says_most)) && elf::tables_are_equal(&self.file, file)
     }
 
     /// Adds a file's full table, or its dynamic one.
@@ -146,71 +160,4 @@ fn functions_of(file: &File, table: &SymbolTable, most: usize) -> Option<Vec<Fun
         functions.len() < count
     });
     Some(functions)
-}
-
-/// One file's symbols.
-struct Held {
-    symbols: Arc<FileSymbols>,
-    executable: Arc<Executable>,
-    bytes: usize,
-    used: u64,
-}
-
-/// Symbols of the files that were asked for last.
-pub(super) struct SymbolStore {
-    files: HashMap<ExecutableId, Held>,
-    bytes: usize,
-    budget: usize,
-    /// Counts requests, to tell which file was used last.
-    clock: u64,
-    read: u64,
-    evicted: u64,
-}
-
-impl SymbolStore {
-    pub(super) fn new(budget: usize) -> Self {
-        Self { files: HashMap::new(), bytes: 0, budget, clock: 0, read: 0, evicted: 0 }
-    }
-
-    /// The symbols of a file; `None` where it cannot be read.
-    pub(super) fn of(&mut self, executable: &Arc<Executable>) -> Option<Arc<FileSymbols>> {
-        self.clock += 1;
-        if let Some(held) = self.files.get_mut(&executable.id) {
-            held.used = self.clock;
-            return Some(Arc::clone(&held.symbols));
-        }
-        let symbols = Arc::new(FileSymbols::read(&executable.file()?, executable.build_id.as_deref()));
-        self.read += 1;
-        let bytes = symbols.bytes();
-        while self.bytes + bytes > self.budget && self.evict_oldest() {}
-        self.bytes += bytes;
-        let held = Held { symbols: Arc::clone(&symbols), executable: Arc::clone(executable), bytes, used: self.clock };
-        self.files.insert(executable.id, held);
-        Some(symbols)
-    }
-
-    /// Lets go of files that were closed.
-    pub(super) fn forget_closed(&mut self) {
-        self.files.retain(|_, held| {
-            let keep = held.executable.file().is_some();
-            if !keep {
-                self.bytes -= held.bytes;
-            }
-            keep
-        });
-    }
-
-    /// Bytes it takes, files read, and files that were let go to keep the budget.
-    pub(super) fn stats(&self) -> (usize, u64, u64) {
-        (self.bytes, self.read, self.evicted)
-    }
-
-    /// Returns whether there was one.
-    fn evict_oldest(&mut self) -> bool {
-        let oldest = self.files.iter().min_by_key(|(_, held)| held.used).map(|(&id, _)| id);
-        let Some(held) = oldest.and_then(|id| self.files.remove(&id)) else { return false };
-        self.bytes -= held.bytes;
-        self.evicted += 1;
-        true
-    }
 }

@@ -1,0 +1,308 @@
+//! Symbols of the files that were asked for last, within a byte budget.
+//!
+//! Files are read by worker threads; until one is done, its file's symbols are pending. Equal files (the same image in
+//! many containers) share what was read of the first.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tracing::debug;
+
+use super::{FileSymbols, workers::Workers};
+use crate::profile::{Executable, ExecutableId, Nameless, SplitDebug};
+
+/// How long a file may take. Real ones take milliseconds; the largest, from a cold disk, some seconds.
+const TIME_LIMIT: Duration = Duration::from_secs(15);
+
+/// How often it is checked, while waiting, which files take too long.
+const WAIT: Duration = Duration::from_millis(200);
+
+/// What is needed to read a file.
+struct Job {
+    executable: Arc<Executable>,
+    file: Arc<File>,
+    debug: Option<Arc<SplitDebug>>,
+    /// What was read of files with the same build ID.
+    alike: Vec<Arc<FileSymbols>>,
+}
+
+fn read(job: Job) -> Arc<FileSymbols> {
+    let Job { executable, file, debug, alike } = job;
+    let equal = alike.into_iter().find(|symbols| symbols.are_of(&file, debug.is_some()));
+    equal.unwrap_or_else(|| Arc::new(FileSymbols::read(&file, executable.build_id.as_deref(), debug.as_deref())))
+}
+
+enum State {
+    /// Nobody reads it yet: the queue was full, or a file that may be equal is being read.
+    Wanted,
+    /// A thread reads it, or will.
+    Asked,
+    Read(Arc<FileSymbols>),
+    Failed(Nameless),
+}
+
+struct Entry {
+    executable: Arc<Executable>,
+    state: State,
+    /// See [`SymbolStore::is_slow`].
+    is_slow: bool,
+    used: u64,
+}
+
+/// Sizes and events.
+#[derive(Clone, Copy, Debug, Default)]
+pub(in crate::symbolize) struct StoreStats {
+    /// Bytes that symbols take.
+    pub(in crate::symbolize) bytes: usize,
+    /// Files read.
+    pub(in crate::symbolize) read: u64,
+    /// Files that were equal to one that had been read.
+    pub(in crate::symbolize) shared: u64,
+    /// Files whose symbols were let go to keep the budget.
+    pub(in crate::symbolize) evicted: u64,
+    /// Files that took too long.
+    pub(in crate::symbolize) overdue: u64,
+    /// Files that are being read, or will be.
+    pub(in crate::symbolize) pending: usize,
+}
+
+/// Symbols of files.
+pub(in crate::symbolize) struct SymbolStore {
+    files: HashMap<ExecutableId, Entry>,
+    workers: Workers<Job, Arc<FileSymbols>>,
+    budget: usize,
+    /// Counts requests, to tell which file was used last.
+    clock: u64,
+    stats: StoreStats,
+}
+
+impl SymbolStore {
+    pub(in crate::symbolize) fn new(budget: usize) -> Self {
+        Self {
+            files: HashMap::new(),
+            workers: Workers::new(read, TIME_LIMIT),
+            budget,
+            clock: 0,
+            stats: StoreStats::default(),
+        }
+    }
+
+    /// The symbols of a file, which is read now if it was not; pending until it is.
+    pub(in crate::symbolize) fn of(&mut self, executable: &Arc<Executable>) -> Result<Arc<FileSymbols>, Nameless> {
+        self.clock += 1;
+        let used = self.clock;
+        let new = || Entry { executable: Arc::clone(executable), state: State::Wanted, is_slow: false, used };
+        self.files.entry(executable.id).or_insert_with(new).used = used;
+        self.ask(executable.id);
+        match self.files.get(&executable.id).map(|entry| &entry.state) {
+            Some(State::Read(symbols)) => Ok(Arc::clone(symbols)),
+            Some(State::Failed(reason)) => Err(*reason),
+            Some(State::Wanted | State::Asked) | None => Err(Nameless::Pending),
+        }
+    }
+
+    /// The next file that is not pending any more: read, or failed. Waits for it until `deadline`.
+    pub(in crate::symbolize) fn next(&mut self, deadline: Instant) -> Option<ExecutableId> {
+        loop {
+            self.ask_all();
+            if let Some(id) = self.workers.overdue() {
+                if let Some(entry) = self.files.get_mut(&id) {
+                    debug!("{}: reading its symbols takes too long", entry.executable.path);
+                    entry.state = State::Failed(Nameless::TooSlow);
+                    self.stats.overdue += 1;
+                }
+                return Some(id);
+            }
+            let now = Instant::now();
+            match self.workers.next(deadline.min(now + WAIT)) {
+                Some((id, symbols)) => {
+                    self.finish(id, symbols);
+                    return Some(id);
+                }
+                None if now >= deadline => return None,
+                None => {}
+            }
+        }
+    }
+
+    /// Whether a pending file is worth waiting for: nobody has yet, in vain.
+    pub(in crate::symbolize) fn is_slow(&self, id: ExecutableId) -> bool {
+        self.files.get(&id).is_some_and(|entry| entry.is_slow)
+    }
+
+    /// Takes note that somebody has waited for a pending file in vain.
+    pub(in crate::symbolize) fn set_slow(&mut self, id: ExecutableId) {
+        if let Some(entry) = self.files.get_mut(&id) {
+            entry.is_slow = true;
+        }
+    }
+
+    /// Hands every wanted file to the threads.
+    fn ask_all(&mut self) {
+        let wanted = |(&id, entry): (&ExecutableId, &Entry)| matches!(entry.state, State::Wanted).then_some(id);
+        for id in self.files.iter().filter_map(wanted).collect::<Vec<_>>() {
+            self.ask(id);
+        }
+    }
+
+    /// Hands a wanted file to the threads, unless one that may be equal is being read.
+    fn ask(&mut self, id: ExecutableId) {
+        let Some(entry) = self.files.get(&id) else { return };
+        if !matches!(entry.state, State::Wanted) {
+            return;
+        }
+        let executable = Arc::clone(&entry.executable);
+        let state = match executable.file() {
+            None => State::Failed(Nameless::Unreadable),
+            Some(file) => {
+                let mut alike = Vec::new();
+                let is_alike = |other: &Executable| other.build_id.is_some() && other.build_id == executable.build_id;
+                for other in self.files.values().filter(|other| is_alike(&other.executable)) {
+                    match &other.state {
+                        State::Asked => return,
+                        State::Read(symbols) if !alike.iter().any(|known| Arc::ptr_eq(known, symbols)) => {
+                            alike.push(Arc::clone(symbols));
+                        }
+                        _ => {}
+                    }
+                }
+                let debug = executable.debug_file();
+                if !self.workers.offer(id, Job { executable, file, debug, alike }) {
+                    return;
+                }
+                State::Asked
+            }
+        };
+        if let Some(entry) = self.files.get_mut(&id) {
+            entry.state = state;
+        }
+    }
+
+    /// Keeps what a thread has read. It may be late, or not be wanted any more.
+    fn finish(&mut self, id: ExecutableId, symbols: Option<Arc<FileSymbols>>) {
+        if !self.files.contains_key(&id) {
+            return;
+        }
+        let state = match symbols {
+            None => State::Failed(Nameless::Unreadable),
+            Some(symbols) => {
+                if self.is_held(&symbols) {
+                    self.stats.shared += 1;
+                } else {
+                    self.stats.read += 1;
+                    while self.stats.bytes + symbols.bytes() > self.budget && self.evict_oldest() {}
+                    self.stats.bytes += symbols.bytes();
+                }
+                State::Read(symbols)
+            }
+        };
+        if let Some(entry) = self.files.get_mut(&id) {
+            entry.state = state;
+        }
+    }
+
+    fn is_held(&self, symbols: &Arc<FileSymbols>) -> bool {
+        self.files.values().any(|entry| entry.symbols().is_some_and(|held| Arc::ptr_eq(held, symbols)))
+    }
+
+    /// Lets go of files that were closed.
+    pub(in crate::symbolize) fn forget_closed(&mut self) {
+        let is_closed = |(&id, entry): (&ExecutableId, &Entry)| entry.executable.file().is_none().then_some(id);
+        for id in self.files.iter().filter_map(is_closed).collect::<Vec<_>>() {
+            self.forget(id);
+        }
+    }
+
+    /// Returns whether there was one.
+    fn evict_oldest(&mut self) -> bool {
+        let read = self.files.iter().filter(|(_, entry)| entry.symbols().is_some());
+        let Some((&id, _)) = read.min_by_key(|(_, entry)| entry.used) else { return false };
+        self.forget(id);
+        self.stats.evicted += 1;
+        true
+    }
+
+    fn forget(&mut self, id: ExecutableId) {
+        let entry = self.files.remove(&id);
+        if let Some(symbols) = entry.as_ref().and_then(Entry::symbols)
+            && !self.is_held(symbols)
+        {
+            self.stats.bytes = self.stats.bytes.saturating_sub(symbols.bytes());
+        }
+    }
+
+    pub(in crate::symbolize) fn stats(&self) -> StoreStats {
+        let pending = self.files.values().filter(|entry| matches!(entry.state, State::Wanted | State::Asked)).count();
+        StoreStats { pending, ..self.stats }
+    }
+}
+
+impl Entry {
+    fn symbols(&self) -> Option<&Arc<FileSymbols>> {
+        match &self.state {
+            State::Read(symbols) => Some(symbols),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::symbolize::tests::own;
+
+    /// Longer than reading takes.
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn read_now(store: &mut SymbolStore, executable: &Arc<Executable>) -> Arc<FileSymbols> {
+        let deadline = Instant::now() + LONG;
+        loop {
+            match store.of(executable) {
+                Ok(symbols) => return symbols,
+                Err(reason) => assert_eq!(reason, Nameless::Pending),
+            }
+            assert!(store.next(deadline).is_some(), "it takes for ever");
+        }
+    }
+
+    /// Equal files share what was read of the first, even where both are wanted at once; another build ID is another
+    /// file.
+    #[test]
+    fn equal_files_are_read_once() {
+        let mut store = SymbolStore::new(usize::MAX);
+        let files = [own(0, &[1]), own(1, &[1]), own(2, &[2])];
+        for file in &files {
+            assert!(store.of(file).is_err(), "nothing is read at once");
+        }
+        let symbols = files.each_ref().map(|file| read_now(&mut store, file));
+        assert!(Arc::ptr_eq(&symbols[0], &symbols[1]) && !Arc::ptr_eq(&symbols[0], &symbols[2]));
+        let stats = store.stats();
+        assert_eq!((stats.read, stats.shared, stats.pending), (2, 1, 0));
+        assert_eq!(stats.bytes, 2 * symbols[0].bytes());
+        // What is shared is let go of with the last file that has it.
+        files[0].close();
+        store.forget_closed();
+        assert_eq!(store.stats().bytes, 2 * symbols[0].bytes());
+        files[1].close();
+        files[2].close();
+        store.forget_closed();
+        assert_eq!(store.stats().bytes, 0);
+    }
+
+    /// What was used last stays.
+    #[test]
+    fn keeps_its_budget() {
+        let mut store = SymbolStore::new(usize::MAX);
+        let files = [own(0, &[0]), own(1, &[1]), own(2, &[2])];
+        store.budget = 2 * read_now(&mut store, &files[0]).bytes();
+        read_now(&mut store, &files[1]);
+        read_now(&mut store, &files[0]);
+        read_now(&mut store, &files[2]);
+        assert_eq!((store.stats().evicted, store.stats().bytes), (1, store.budget));
+        assert!(store.of(&files[0]).is_ok() && store.of(&files[1]).is_err());
+    }
+}

@@ -1,0 +1,186 @@
+//! Threads that read files, so that one that is slow (on a network, or of absurd size) does not delay the others.
+//!
+//! Jobs go in, what came of them comes out, both through bounded queues. A thread that stays with a file for too long is
+//! replaced, and comes back when it is done with it.
+
+use std::{
+    collections::HashMap,
+    panic::{self, AssertUnwindSafe},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use tracing::warn;
+
+use crate::profile::ExecutableId;
+
+/// Threads that read at the same time.
+const THREADS: usize = 2;
+/// Most threads, with those that are stuck: then nothing is read until one of them comes back.
+const MAX_THREADS: usize = 8;
+/// Jobs that may wait for a thread.
+const MAX_WAITING: usize = 64;
+/// Results that may wait to be taken: each may be large.
+const MAX_DONE: usize = 2;
+
+/// Files under work, and since when.
+type Running = Mutex<HashMap<ExecutableId, Instant>>;
+
+/// What all threads do: `None` where a job made them panic.
+type Work<J, R> = fn(J) -> R;
+
+/// Threads that turn jobs into results.
+pub(super) struct Workers<J, R> {
+    jobs: SyncSender<(ExecutableId, J)>,
+    done: Receiver<(ExecutableId, Option<R>)>,
+    shared: Arc<Shared<J, R>>,
+    threads: usize,
+    /// How long a thread may stay with a file.
+    limit: Duration,
+}
+
+struct Shared<J, R> {
+    work: Work<J, R>,
+    waiting: Mutex<Receiver<(ExecutableId, J)>>,
+    running: Running,
+    results: SyncSender<(ExecutableId, Option<R>)>,
+}
+
+impl<J: Send + 'static, R: Send + 'static> Workers<J, R> {
+    /// Workers whose threads are started when there is work.
+    pub(super) fn new(work: Work<J, R>, limit: Duration) -> Self {
+        let (jobs, waiting) = sync_channel(MAX_WAITING);
+        let (results, done) = sync_channel(MAX_DONE);
+        let shared = Shared { work, waiting: Mutex::new(waiting), running: Mutex::default(), results };
+        Self { jobs, done, shared: Arc::new(shared), threads: 0, limit }
+    }
+
+    /// Hands over a job. Returns whether there was room for it.
+    pub(super) fn offer(&mut self, id: ExecutableId, job: J) -> bool {
+        if self.threads < THREADS {
+            self.add_thread();
+        }
+        self.jobs.try_send((id, job)).is_ok()
+    }
+
+    /// The next result, and of which file: `None` in it where the work panicked. Waits for it until `deadline`.
+    pub(super) fn next(&mut self, deadline: Instant) -> Option<(ExecutableId, Option<R>)> {
+        self.done.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()
+    }
+
+    /// A file that a thread has been with for too long. Each is returned once; another thread takes that thread's place.
+    pub(super) fn overdue(&mut self) -> Option<ExecutableId> {
+        let limit = self.limit;
+        let overdue = {
+            let mut running = lock(&self.shared.running);
+            let overdue = running.iter().find(|(_, since)| since.elapsed() > limit).map(|(&id, _)| id)?;
+            running.remove(&overdue);
+            overdue
+        };
+        self.add_thread();
+        Some(overdue)
+    }
+
+    fn add_thread(&mut self) {
+        if self.threads >= MAX_THREADS {
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        match thread::Builder::new().name("symbols".to_owned()).spawn(move || shared.run()) {
+            Ok(_) => self.threads += 1,
+            Err(error) => warn!("a thread that reads symbols could not be started: {error}"),
+        }
+    }
+}
+
+impl<J, R> Shared<J, R> {
+    /// Works until nobody offers jobs any more.
+    fn run(&self) {
+        loop {
+            let next = lock(&self.waiting).recv();
+            let Ok((id, job)) = next else { return };
+            lock(&self.running).insert(id, Instant::now());
+            // Files are untrusted and their readers are fuzzed; if one panics all the same, it costs names only.
+            let result = panic::catch_unwind(AssertUnwindSafe(|| (self.work)(job))).ok();
+            lock(&self.running).remove(&id);
+            if self.results.send((id, result)).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Longer than any test takes.
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// A job that waits for a word, one that panics, or one that is done at once.
+    enum Job {
+        Wait(Receiver<()>),
+        Panic,
+        Answer(u32),
+    }
+
+    fn work(job: Job) -> u32 {
+        match job {
+            Job::Wait(word) => {
+                // An error means that the test is over.
+                let _ = word.recv();
+                0
+            }
+            Job::Panic => panic!("for the test"),
+            Job::Answer(answer) => answer,
+        }
+    }
+
+    /// Files that never come to an end take threads, but other files are read all the same; when they do come to an end,
+    /// it is not too late.
+    #[test]
+    fn slow_files_do_not_delay_others() {
+        let mut workers = Workers::new(work, Duration::ZERO);
+        let mut words = Vec::new();
+        for id in 0..4 {
+            let (word, waits) = sync_channel(1);
+            words.push(word);
+            assert!(workers.offer(ExecutableId(id), Job::Wait(waits)));
+        }
+        let mut overdue = Vec::new();
+        let begin = Instant::now();
+        while overdue.len() < 4 && begin.elapsed() < LONG {
+            overdue.extend(workers.overdue());
+            thread::yield_now();
+        }
+        overdue.sort_unstable();
+        assert_eq!(overdue, (0..4).map(ExecutableId).collect::<Vec<_>>());
+        assert!(workers.offer(ExecutableId(7), Job::Answer(77)));
+        assert_eq!(workers.next(begin + LONG), Some((ExecutableId(7), Some(77))));
+        words[2].send(()).expect("a thread listens");
+        assert_eq!(workers.next(begin + LONG), Some((ExecutableId(2), Some(0))));
+    }
+
+    /// A thread outlives a job that panics.
+    #[test]
+    fn panics_cost_one_result() {
+        let mut workers = Workers::new(work, LONG);
+        for id in 0..3 {
+            assert!(workers.offer(ExecutableId(id), Job::Panic));
+        }
+        assert!(workers.offer(ExecutableId(3), Job::Answer(33)));
+        let deadline = Instant::now() + LONG;
+        let mut results: Vec<_> = (0..4).filter_map(|_| workers.next(deadline)).collect();
+        results.sort_unstable();
+        assert_eq!(results[3], (ExecutableId(3), Some(33)));
+        assert_eq!(results.iter().filter(|(_, result)| result.is_none()).count(), 3);
+    }
+}
