@@ -14,7 +14,7 @@
 //! the queue of profiles is closed behind the last one.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     path::Path,
     sync::{
         Arc,
@@ -35,9 +35,9 @@ use tracing::{error, warn};
 
 use crate::{
     aggregate::Window,
-    kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, MmapEvents, Ring},
+    kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand},
     process::{ProcessTable, Published},
-    profile::{Events, LocatedSample, Profile, RawSample, Tally},
+    profile::{Events, KernelCode, LocatedSample, Profile, RawSample, Tally},
     status::Stats,
     symbolize::FrameNamer,
     unwind_info::TableBuilder,
@@ -49,6 +49,8 @@ use crate::{
 pub const DRAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// Batches that may wait for the namer.
 const BATCH_QUEUE: usize = 2;
+/// Pieces of the kernel's own code that may come and go between two batches.
+const KERNEL_CODE_QUEUE: usize = 4096;
 /// Profiles that may wait for the exporters.
 const PROFILE_QUEUE: usize = 4;
 
@@ -88,6 +90,8 @@ pub struct Options {
 /// Samples on their way to the namer.
 struct Batch {
     samples: Vec<LocatedSample>,
+    /// What came and went in the kernel since the last batch.
+    kernel_code: VecDeque<KernelCode>,
     closes_window: bool,
 }
 
@@ -135,6 +139,7 @@ impl Pipeline {
                         published,
                         tables,
                         waits: options.events.includes_off_cpu().then(WaitBook::default),
+                        kernel_code: VecDeque::new(),
                         batches: batch_sender,
                         waiting: None,
                         stats,
@@ -172,8 +177,8 @@ impl Pipeline {
 /// What the collector waits for.
 struct Sources {
     notices: AsyncFd<Ring>,
-    /// New mappings, where the kernel lets us have them.
-    mmaps: Option<AsyncFd<MmapEvents>>,
+    /// New mappings and code of the kernel's, where it lets us have them.
+    side_band: Option<AsyncFd<SideBand>>,
     overflow: AsyncFd<Ring>,
     log: Option<AsyncFd<DebugLog>>,
 }
@@ -185,6 +190,8 @@ struct Collector {
     published: Published<KernelMappings>,
     tables: TableBuilder,
     waits: Option<WaitBook>,
+    /// For the next batch.
+    kernel_code: VecDeque<KernelCode>,
     batches: SyncSender<Batch>,
     /// A batch that found the queue full. Nothing is drained while it waits.
     waiting: Option<Batch>,
@@ -206,7 +213,7 @@ impl Collector {
         let unwatchable = |error| KernelError::System { what: "waiting for a ring buffer", error };
         let notices = self.kernel.take_notices()?.watch().map_err(unwatchable)?;
         let overflow = self.kernel.take_overflow()?.watch().map_err(unwatchable)?;
-        let mmaps = match self.kernel.mmap_events() {
+        let side_band = match self.kernel.side_band() {
             Ok(events) => Some(events.watch().map_err(unwatchable)?),
             Err(error) => {
                 warn!("{error}; new mappings are read when samples hit them");
@@ -214,7 +221,7 @@ impl Collector {
             }
         };
         let log = self.kernel.take_log().map(DebugLog::watch).transpose().map_err(unwatchable)?;
-        let mut sources = Sources { notices, mmaps, overflow, log };
+        let mut sources = Sources { notices, side_band, overflow, log };
         let outcome = self.collect_until_stopped(window, stopped, &mut sources).await;
         // Whatever ended collection: the clock stops, and what was sampled is still read and handed on.
         let stopped = self.kernel.stop();
@@ -244,7 +251,7 @@ impl Collector {
                     }
                     self.learn(sources);
                 }
-                () = mapped(&mut sources.mmaps) => self.learn(sources),
+                () = code_appears(&mut sources.side_band) => self.learn(sources),
                 guard = sources.overflow.readable_mut() => {
                     if let Ok(mut guard) = guard {
                         guard.clear_ready();
@@ -260,11 +267,11 @@ impl Collector {
                     if let Err(error) = self.kernel.follow_hotplug() {
                         warn!("CPUs that came or went could not be followed: {error}");
                     }
-                    if let Some(Err(error)) = sources.mmaps.as_mut().map(|mmaps| mmaps.get_mut().follow_hotplug()) {
+                    if let Some(Err(error)) = sources.side_band.as_mut().map(|side_band| side_band.get_mut().follow_hotplug()) {
                         warn!("new mappings on CPUs that came or went could not be followed: {error}");
                     }
                     self.learn(sources);
-                    let lost = sources.mmaps.as_ref().map_or(0, |mmaps| mmaps.get_ref().lost());
+                    let lost = sources.side_band.as_ref().map_or(0, |side_band| side_band.get_ref().lost());
                     self.stats.set_mappings_lost(lost);
                     self.drain(sources.overflow.get_mut(), closes_window, false)?;
                 }
@@ -276,8 +283,18 @@ impl Collector {
     /// Reads what the kernel announced: first processes, then what was mapped in them.
     fn learn(&mut self, sources: &mut Sources) {
         sources.notices.get_mut().read(|notice| self.table.notice(notice));
-        if let Some(mmaps) = &mut sources.mmaps {
-            mmaps.get_mut().read(|mapping| self.table.mapped(mapping));
+        if let Some(side_band) = &mut sources.side_band {
+            let (table, kernel_code) = (&mut self.table, &mut self.kernel_code);
+            side_band.get_mut().read(
+                |mapping| table.mapped(mapping),
+                |code| {
+                    // (Beyond that, the oldest are forgotten; their names may be wrong until modules change.)
+                    if kernel_code.len() == KERNEL_CODE_QUEUE {
+                        kernel_code.pop_front();
+                    }
+                    kernel_code.push_back(code);
+                },
+            );
         }
         self.table.catch_up();
         self.publish();
@@ -350,7 +367,8 @@ impl Collector {
         // Replacing the buffers has waited for every program that was running.
         self.published.reuse_released();
         self.publish();
-        self.offer(Batch { samples, closes_window });
+        let kernel_code = std::mem::take(&mut self.kernel_code);
+        self.offer(Batch { samples, kernel_code, closes_window });
         for tgid in self.table.end_drain() {
             self.kernel.remove_target(tgid)?;
         }
@@ -406,10 +424,10 @@ impl Collector {
     }
 }
 
-/// Waits for new mappings; for ever where they are not announced.
-async fn mapped(mmaps: &mut Option<AsyncFd<MmapEvents>>) {
-    let Some(mmaps) = mmaps else { return std::future::pending().await };
-    if let Ok(mut guard) = mmaps.readable_mut().await {
+/// Waits for new code; for ever where they are not announced.
+async fn code_appears(side_band: &mut Option<AsyncFd<SideBand>>) {
+    let Some(side_band) = side_band else { return std::future::pending().await };
+    if let Ok(mut guard) = side_band.readable_mut().await {
         guard.clear_ready();
     }
 }
@@ -429,6 +447,7 @@ fn name_batches(batches: &Receiver<Batch>, profiles: &mpsc::Sender<Profile>, opt
     let mut window = Window::open(options.events, options.period);
     let patience = if options.window.is_some() { NAMING_PATIENCE } else { LAST_PATIENCE };
     for batch in batches {
+        namer.announce(&batch.kernel_code);
         let frames = namer.name(&batch.samples, NAMING_PATIENCE);
         for (sample, frames) in batch.samples.iter().zip(frames) {
             window.add(sample, frames);

@@ -6,7 +6,9 @@ use std::{
     process::Command,
 };
 
-use profiler_tests::{Folded, Native, folded, kernel_is_usable, native, record, run, scratch, stderr, stdout};
+use profiler_tests::{
+    Folded, Native, folded, kernel_is_usable, native, record, run, scratch, stderr, stdout, workload,
+};
 
 /// Seconds that each program runs for.
 const SECONDS: &str = "3";
@@ -157,4 +159,18 @@ fn stripped_code_has_no_wrong_names() {
     // `main` is called by a function of the C library, and that by `_start`: nothing else has a name.
     assert!(nameless > 10_000 && named * 10 < nameless, "{named} {nameless}");
     assert!(stacks.iter().all(|stack| !stack.frames.iter().any(|frame| frame.contains("level_"))));
+}
+
+/// A BPF program that is loaded, and gone again, while it is recorded.
+#[test]
+fn bpf_programs_are_named() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let stacks = record_program(&workload("socket_filter"), &[SECONDS]);
+    let total: u64 = stacks.iter().map(|stack| stack.count).sum();
+    let is_filter = |frame: &String| frame.starts_with("bpf_prog_") && frame.ends_with("_slow_filter_[k]");
+    let named: u64 = stacks.iter().filter(|stack| stack.frames.iter().any(is_filter)).map(|stack| stack.count).sum();
+    println!("{named} of {total} samples in the program");
+    assert!(total > 100 && named * 4 > total, "{stacks:?}");
 }

@@ -106,7 +106,7 @@ fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
             optional(features.task_pt_regs, "from the kernel's helper", "from the stack's layout (before Linux 5.15)"),
         ),
     ];
-    items.push(match kernel.mmap_events() {
+    items.push(match kernel.side_band() {
         Ok(_) => ("mapping notices", Verdict::Good("new mappings are announced".to_owned())),
         Err(error) => {
             ("mapping notices", Verdict::Degraded(format!("{error}; new mappings are read when samples hit them")))

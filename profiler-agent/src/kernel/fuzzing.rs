@@ -1,6 +1,6 @@
 //! What the fuzz targets of the kernel's own records call.
 
-use super::{btf::KernelTypes, mmap_events};
+use super::{btf::KernelTypes, side_band};
 
 /// Type information: members lie where the section says, however structs nest.
 pub fn btf(bytes: &[u8]) {
@@ -13,9 +13,12 @@ pub fn btf(bytes: &[u8]) {
     let _ = types.has_function("bpf_loop");
 }
 
-/// Records of new mappings: what was decoded is what the bytes say.
+/// Records of new mappings and symbols: what was decoded is what the bytes say.
 pub fn mmap_record(bytes: &[u8]) {
-    let Some(mapping) = mmap_events::parse(bytes) else { return };
+    if let Some(code) = side_band::parse_symbol(bytes) {
+        assert!(code.start <= code.end);
+    }
+    let Some(mapping) = side_band::parse(bytes) else { return };
     assert!(mapping.start <= mapping.end);
     let mut encoded = Vec::new();
     for half in [mapping.tgid, 0] {
@@ -28,5 +31,5 @@ pub fn mmap_record(bytes: &[u8]) {
         encoded.extend(half.to_ne_bytes());
     }
     encoded.extend(mapping.inode.to_ne_bytes());
-    assert_eq!(mmap_events::parse(&encoded), Some(mapping));
+    assert_eq!(side_band::parse(&encoded), Some(mapping));
 }

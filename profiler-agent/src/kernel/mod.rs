@@ -11,9 +11,9 @@ mod cpus;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
 mod layout;
-mod mmap_events;
 pub mod privileges;
 mod rings;
+mod side_band;
 mod tables;
 mod waits;
 
@@ -45,8 +45,8 @@ pub use self::{
     clock::{Clock, ClockSource},
     cpus::online as online_cpus,
     layout::{Features, kernel_version},
-    mmap_events::MmapEvents,
     rings::{DebugLog, Ring},
+    side_band::SideBand,
     tables::{KernelMappings, KernelTables},
     waits::WaitTotals,
 };
@@ -348,9 +348,9 @@ impl Kernel {
             .ok()
     }
 
-    /// Executable mappings as they appear, on every online CPU.
-    pub fn mmap_events(&self) -> Result<MmapEvents, KernelError> {
-        MmapEvents::open().map_err(|error| KernelError::System { what: "opening the records of new mappings", error })
+    /// Code as it appears, on every online CPU.
+    pub fn side_band(&self) -> Result<SideBand, KernelError> {
+        SideBand::open().map_err(|error| KernelError::System { what: "opening the records of new mappings", error })
     }
 
     /// The maps of unwind tables.

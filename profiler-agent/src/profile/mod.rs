@@ -5,6 +5,7 @@ mod address;
 mod events;
 mod executable;
 mod frame;
+mod kernel_code;
 mod located;
 mod raw;
 mod sample;
@@ -14,6 +15,7 @@ pub use self::{
     events::{Events, Tally},
     executable::{Executable, ExecutableId, Segment, SplitDebug},
     frame::{Frame, FrameName, FrameType, FunctionName, Nameless, printable},
+    kernel_code::KernelCode,
     located::{LocatedSample, Location, ProcessInfo},
     raw::{DecodeError, RawSample, WaitDue, Waited},
     sample::{Profile, Sample},

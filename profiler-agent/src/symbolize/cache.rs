@@ -75,10 +75,10 @@ impl FrameCache {
         }
     }
 
-    /// Drops every kernel frame: their addresses may mean something else now.
-    pub(super) fn forget_kernel(&mut self) {
+    /// Drops kernel frames whose addresses may mean something else now.
+    pub(super) fn forget_kernel(&mut self, is_stale: impl Fn(u64) -> bool) {
         for (frames, bytes) in [(&mut self.young, &mut self.young_bytes), (&mut self.old, &mut self.old_bytes)] {
-            frames.retain(|key, _| !matches!(key, FrameKey::Kernel(_)));
+            frames.retain(|key, _| !matches!(key, FrameKey::Kernel(address) if is_stale(*address)));
             *bytes = frames.values().map(|frame| bytes_of(frame)).sum();
         }
     }

@@ -9,6 +9,7 @@ mod cache;
 mod demangle;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
+mod kernel;
 mod symbols;
 
 use std::{
@@ -17,26 +18,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use blazesym::{
-    MaybeDefault,
-    symbolize::{
-        Input, Symbolized, Symbolizer,
-        source::{Kernel, Source},
-    },
-};
-use tracing::debug;
-
 pub use self::symbols::SymbolSource;
 use self::{
     cache::{FrameCache, FrameKey},
+    kernel::KernelSymbols,
     symbols::{FileSymbols, SymbolStore},
 };
 use crate::profile::{
-    Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, LocatedSample, Location, Nameless, Profile,
+    Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, KernelCode, LocatedSample, Location, Nameless,
+    Profile,
 };
-
-/// Names of loaded kernel modules and their addresses: kernel symbols are read again when it changes.
-const MODULES: &str = "/proc/modules";
 
 /// What was asked and found, for metrics.
 #[derive(Clone, Copy, Debug, Default)]
@@ -72,13 +63,11 @@ type Places = HashMap<ExecutableId, (Arc<Executable>, BTreeSet<FileOffset>)>;
 
 /// Names frames and remembers them.
 pub struct FrameNamer {
-    symbolizer: Symbolizer,
+    kernel: KernelSymbols,
     cache: FrameCache,
     symbols: SymbolStore,
     /// Frames in the cache whose files are not read yet: none of them outlives its batch there.
     pending: Vec<FrameKey>,
-    /// What [`MODULES`] said when kernel symbols were read.
-    modules: Vec<u8>,
     stats: SymbolizeStats,
 }
 
@@ -86,12 +75,24 @@ impl FrameNamer {
     /// A namer whose frames and symbols take about `budget` bytes, half of them each.
     pub fn new(budget: usize) -> Self {
         Self {
-            symbolizer: kernel_symbolizer(),
+            kernel: KernelSymbols::new(),
             cache: FrameCache::new(budget / 2),
             symbols: SymbolStore::new(budget / 2),
             pending: Vec::new(),
-            modules: std::fs::read(MODULES).unwrap_or_default(),
             stats: SymbolizeStats::default(),
+        }
+    }
+
+    /// Takes note of code that came or went in the kernel, in that order.
+    pub fn announce<'a>(&mut self, code: impl IntoIterator<Item = &'a KernelCode>) {
+        /// Changes for each of which it is worth looking at every frame.
+        const FEW: usize = 64;
+        let changed: Vec<&KernelCode> = code.into_iter().inspect(|code| self.kernel.announce(code)).collect();
+        let is_in = |address: &u64, code: &KernelCode| (code.start..code.end).contains(address);
+        match changed.len() {
+            0 => {}
+            1..FEW => self.cache.forget_kernel(|address| changed.iter().any(|code| is_in(&address, code))),
+            _ => self.cache.forget_kernel(|_| true),
         }
     }
 
@@ -205,8 +206,7 @@ impl FrameNamer {
     }
 
     fn resolve_kernel(&mut self, addresses: &[u64]) {
-        let source = Source::Kernel(Kernel { vmlinux: MaybeDefault::None, debug_syms: false, ..Kernel::default() });
-        let names = names_of(self.symbolizer.symbolize(&source, Input::AbsAddr(addresses)), addresses.len());
+        let names = self.kernel.names(addresses);
         for (&address, name) in addresses.iter().zip(names) {
             self.add(
                 FrameKey::Kernel(address),
@@ -290,44 +290,14 @@ impl FrameNamer {
         for key in std::mem::take(&mut self.pending) {
             self.cache.forget(key);
         }
-        let modules = std::fs::read(MODULES).unwrap_or_default();
-        if modules != self.modules {
-            debug!("kernel modules changed: symbols are read again");
-            self.modules = modules;
-            self.symbolizer = kernel_symbolizer();
-            self.cache.forget_kernel();
+        if self.kernel.have_changed() {
+            self.cache.forget_kernel(|_| true);
         }
     }
 }
 
-fn kernel_symbolizer() -> Symbolizer {
-    Symbolizer::builder()
-        .enable_code_info(false)
-        .enable_inlined_fns(false)
-        .enable_auto_reload(true)
-        .enable_demangling(false)
-        .build()
-}
-
 fn unnamed(frame_type: FrameType, address: u64, executable: Option<Arc<Executable>>) -> Arc<Frame> {
     Arc::new(Frame { frame_type, name: FrameName::Unnamed(Nameless::Unreadable), executable, address })
-}
-
-/// Names in the order of the request; a failed call names nothing.
-fn names_of(result: blazesym::Result<Vec<Symbolized<'_>>>, len: usize) -> Vec<FrameName> {
-    let symbolized = result.unwrap_or_else(|error| {
-        debug!("no symbols: {error:#}");
-        Vec::new()
-    });
-    let mut names: Vec<FrameName> = symbolized
-        .into_iter()
-        .map(|symbolized| match symbolized {
-            Symbolized::Sym(symbol) => FrameName::Function(demangle::function(symbol.name.into_owned())),
-            Symbolized::Unknown(_) => FrameName::Unnamed(Nameless::NotCovered),
-        })
-        .collect();
-    names.resize(len, FrameName::Unnamed(Nameless::Unreadable));
-    names
 }
 
 #[cfg(test)]

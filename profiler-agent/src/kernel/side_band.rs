@@ -1,7 +1,8 @@
-//! Executable mappings as they appear, from the perf subsystem's own side-band records.
+//! Code as it appears, from the perf subsystem's own side-band records.
 //!
-//! In: online CPUs. Out: which range of which process became executable, and which file backs it. This needs
-//! neither kprobes nor trampolines, so it works wherever sampling does.
+//! In: online CPUs. Out: which range of which process became executable, and which file backs it; which code the kernel
+//! made for itself (BPF programs, trampolines), and when it went. This needs neither kprobes nor trampolines, so it works
+//! wherever sampling does.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +19,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::cpus;
-use crate::process::NewMapping;
+use crate::{process::NewMapping, profile::KernelCode};
 
 /// Bytes of a CPU's ring: a power of two of pages. A record has about 150 bytes.
 const RING_BYTES: usize = 32 << 10;
@@ -28,6 +29,11 @@ const PAGE: usize = 4096;
 const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
 const PERF_RECORD_LOST: u32 = 2;
 const PERF_RECORD_MMAP2: u32 = 10;
+const PERF_RECORD_KSYMBOL: u32 = 17;
+/// Flag of the last: the code is gone.
+const KSYMBOL_UNREGISTER: u16 = 1;
+/// Most bytes of a symbol's name (`KSYM_NAME_LEN`, `include/linux/kallsyms.h`).
+const MAX_SYMBOL: usize = 512;
 /// Bytes of every record's header: type, misc, size.
 const HEADER: usize = 8;
 /// Longest record: its size has 16 bits.
@@ -58,6 +64,8 @@ impl CpuRing {
         attributes.config = PERF_COUNT_SW_DUMMY as u64;
         attributes.set_mmap(1);
         attributes.set_mmap2(1);
+        // Since Linux 5.1.
+        attributes.set_ksymbol(1);
         attributes.set_watermark(1);
         attributes.__bindgen_anon_2.wakeup_watermark = 1;
         // SAFETY: the attributes are live for the call, and the kernel reads no more than the size they state.
@@ -132,13 +140,13 @@ impl CpuRing {
 }
 
 /// The records of all CPUs, as one thing to wait for.
-pub struct MmapEvents {
+pub struct SideBand {
     epoll: Epoll,
     cpus: BTreeMap<u32, CpuRing>,
     lost: u64,
 }
 
-impl MmapEvents {
+impl SideBand {
     /// Opens the records of every online CPU.
     pub(super) fn open() -> io::Result<Self> {
         let mut this = Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, cpus: BTreeMap::new(), lost: 0 };
@@ -160,8 +168,8 @@ impl MmapEvents {
         Ok(())
     }
 
-    /// Calls `mapped` for every mapping that appeared.
-    pub fn read(&mut self, mut mapped: impl FnMut(&NewMapping)) {
+    /// Calls `mapped` for every mapping that appeared, and `kernel_code` for what the kernel made or let go of.
+    pub fn read(&mut self, mut mapped: impl FnMut(&NewMapping), mut kernel_code: impl FnMut(KernelCode)) {
         let mut events = [EpollEvent::empty(); 64];
         // What is ready is taken note of here, so that the next record is news again.
         let _ready = self.epoll.wait(&mut events, EpollTimeout::ZERO);
@@ -171,6 +179,11 @@ impl MmapEvents {
                 PERF_RECORD_MMAP2 => {
                     if let Some(mapping) = parse(body) {
                         mapped(&mapping);
+                    }
+                }
+                PERF_RECORD_KSYMBOL => {
+                    if let Some(code) = parse_symbol(body) {
+                        kernel_code(code);
                     }
                 }
                 PERF_RECORD_LOST => *lost += word(body, 8).unwrap_or(1),
@@ -191,7 +204,7 @@ impl MmapEvents {
     }
 }
 
-impl AsRawFd for MmapEvents {
+impl AsRawFd for SideBand {
     fn as_raw_fd(&self) -> RawFd {
         self.epoll.0.as_fd().as_raw_fd()
     }
@@ -209,6 +222,16 @@ pub(super) fn parse(body: &[u8]) -> Option<NewMapping> {
         device: half(32)?.checked_mul(1 << 20)?.checked_add(half(36)?)?,
         inode: word(body, 40)?,
     })
+}
+
+/// Body of a `PERF_RECORD_KSYMBOL`: u64 addr; u32 len; u16 type, flags; the name, ended by zeroes.
+pub(super) fn parse_symbol(body: &[u8]) -> Option<KernelCode> {
+    let start = word(body, 0)?;
+    let len = u32::from_ne_bytes(body.get(8..12)?.try_into().ok()?);
+    let flags = u16::from_ne_bytes(body.get(14..16)?.try_into().ok()?);
+    let name = body.get(16..)?.split(|&byte| byte == 0).next().filter(|name| name.len() <= MAX_SYMBOL)?;
+    let name = (flags & KSYMBOL_UNREGISTER == 0).then(|| String::from_utf8_lossy(name).into());
+    Some(KernelCode { start, end: start.checked_add(u64::from(len))?, name })
 }
 
 fn word(body: &[u8], at: usize) -> Option<u64> {
@@ -239,5 +262,19 @@ mod tests {
         for len in 0..body.len() {
             assert_eq!(parse(&body[..len]), None);
         }
+    }
+
+    /// A BPF program that comes, and goes.
+    #[test]
+    fn reads_symbols_of_the_kernel() {
+        let body = |flags: u16| {
+            let words =
+                [&0x1000u64.to_ne_bytes()[..], &0x20u32.to_ne_bytes(), &1u16.to_ne_bytes(), &flags.to_ne_bytes()];
+            [words.concat(), b"bpf_prog_1\0\0\0\0\0\0".to_vec()].concat()
+        };
+        let code = |name: Option<&str>| Some(KernelCode { start: 0x1000, end: 0x1020, name: name.map(Into::into) });
+        assert_eq!(parse_symbol(&body(0)), code(Some("bpf_prog_1")));
+        assert_eq!(parse_symbol(&body(1)), code(None));
+        assert_eq!(parse_symbol(&body(0)[..15]), None);
     }
 }
