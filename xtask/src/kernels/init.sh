@@ -21,6 +21,7 @@ say() {
 record() {
     name=$1 flags=$2
     shift 2
+    echo "$name" >/tmp/run
     # shellcheck disable=SC2086 # no flag has spaces
     /profiler-agent record --frequency 99 --format folded --output - $flags -- "$@" >/tmp/stdout 2>/tmp/stderr
     status=$?
@@ -39,7 +40,30 @@ record() {
     fi
 }
 
+# A run that does not end says where everything is, while the machine still can.
+watch_runs() {
+    while sleep 5; do
+        [ -e /tmp/run ] || continue
+        if [ $(($(date +%s) - $(stat -c %Y /tmp/run))) -gt 100 ]; then
+            echo "STUCK in $(cat /tmp/run):"
+            tail -c 2000 /tmp/stderr
+            for task in /proc/[0-9]*/task/*; do
+                # Kernel threads have no command line.
+                [ -n "$(head -c 1 "${task%/task/*}/cmdline")" ] || continue
+                echo "$task $(cat "$task/comm"): $(cut -d ' ' -f 3 "$task/stat") in"
+                cat "$task/stack"
+            done
+            echo l >/proc/sysrq-trigger
+            dmesg | tail -n 60
+            poweroff -f
+        fi
+    done
+}
+watch_runs &
+
 say "release $(uname -r)"
+# For the registers that the host prints of a machine that hangs.
+grep -E ' _text$' /proc/kallsyms
 /profiler-agent check
 . /runs
 echo "Kernel messages:"

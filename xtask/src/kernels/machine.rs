@@ -2,6 +2,8 @@
 
 use std::{
     fs,
+    io::{Read as _, Write as _},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -53,6 +55,8 @@ impl Disk {
     pub(super) fn boot(&self, kernel: &Path, log: &Path) -> Result<String, String> {
         // An older console must not be taken for this one.
         let _ = fs::remove_file(log);
+        let monitor = log.with_extension("monitor");
+        let _ = fs::remove_file(&monitor);
         let machine = Command::new("qemu-system-x86_64")
             // KVM is not everywhere, and where it is nested it may hang.
             .args(["-accel", "tcg", "-smp", "2", "-m", "1536"])
@@ -61,6 +65,8 @@ impl Disk {
             .args(["-cpu", "max,-cx16"])
             .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial"])
             .arg(format!("file:{}", log.display()))
+            .arg("-monitor")
+            .arg(format!("unix:{},server,nowait", monitor.display()))
             // Without a trusted time stamp counter the vDSO could only make system calls.
             .args(["-append", "console=ttyS0 quiet panic=-1 tsc=reliable", "-kernel"])
             .arg(kernel)
@@ -69,18 +75,19 @@ impl Disk {
             .stdin(Stdio::null())
             .spawn();
         let machine = machine.map_err(|error| format!("qemu cannot be started: {error}"))?;
-        let ended = wait(machine);
+        let ended = wait(machine, &monitor);
         let console = String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).replace('\r', "");
         ended.map(|()| console.clone()).map_err(|error| {
             let lines: Vec<&str> = console.lines().collect();
-            let tail = lines[lines.len().saturating_sub(TAIL)..].iter().map(|line| shorten(line));
+            let stuck = lines.iter().position(|line| line.starts_with("STUCK")).unwrap_or(lines.len());
+            let tail = lines[stuck.min(lines.len().saturating_sub(TAIL))..].iter().map(|line| shorten(line));
             format!("{error}; its console ends with\n    | {}", tail.collect::<Vec<_>>().join("\n    | "))
         })
     }
 }
 
 /// Waits for a VM to switch itself off, and ends it where it does not.
-fn wait(mut machine: Child) -> Outcome {
+fn wait(mut machine: Child, monitor: &Path) -> Outcome {
     let begin = Instant::now();
     while begin.elapsed() < PATIENCE {
         match machine.try_wait() {
@@ -90,10 +97,32 @@ fn wait(mut machine: Child) -> Outcome {
             Err(error) => return Err(format!("qemu cannot be waited for: {error}")),
         }
     }
+    let registers = registers(monitor);
     // It may have ended by itself just now.
     let _ = machine.kill();
     let _ = machine.wait();
-    Err(format!("the VM was not done after {} s and was ended", PATIENCE.as_secs()))
+    Err(format!("the VM was not done after {} s and was ended; its CPUs: {registers}", PATIENCE.as_secs()))
+}
+
+/// Where the CPUs of a VM are, as its monitor says; three times, since what hangs stays where it is.
+fn registers(monitor: &Path) -> String {
+    let ask = || -> std::io::Result<String> {
+        let mut stream = UnixStream::connect(monitor)?;
+        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+        for _ in 0..3 {
+            stream.write_all(b"info registers -a\n")?;
+            thread::sleep(Duration::from_millis(500));
+        }
+        let mut said = Vec::new();
+        // It ends by the timeout.
+        let _ = stream.read_to_end(&mut said);
+        let said = String::from_utf8_lossy(&said);
+        let words = said
+            .split_whitespace()
+            .filter(|word| ["CPU#", "RIP=", "RSP=", "RFL="].iter().any(|name| word.starts_with(name)));
+        Ok(words.collect::<Vec<_>>().join(" "))
+    };
+    ask().unwrap_or_else(|error| format!("the monitor does not answer: {error}"))
 }
 
 /// Copies a program, and the shared libraries it needs, to the places where it looks for them.

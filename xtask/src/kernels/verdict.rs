@@ -4,6 +4,8 @@ use std::fmt;
 
 /// Begins the lines by which the VM's first process says what follows.
 const MARK: &str = "@@kernels@@ ";
+/// Lines that are shown of what a VM says of a run that does not end.
+const STUCK_LINES: usize = 400;
 /// Seconds that each program runs for.
 const SECONDS: &str = "8";
 /// Reasons that only the first moments of a program have.
@@ -129,7 +131,9 @@ pub(super) fn judge(console: &str, runs: &[Run]) -> Result<Vec<Row>, String> {
     let release =
         console.lines().find_map(|line| said(line, "release ")).ok_or("the VM did not reach its first process")?;
     if !console.lines().any(|line| said(line, "done").is_some()) {
-        return Err("the VM ended before it was done".to_owned());
+        let stuck = console.lines().skip_while(|line| !line.starts_with("STUCK")).take(STUCK_LINES);
+        let stuck: String = stuck.map(|line| format!("\n    | {line}")).collect();
+        return Err(format!("the VM ended before it was done{stuck}"));
     }
     Ok(runs.iter().map(|run| row(release, console, run)).collect())
 }
