@@ -32,7 +32,7 @@ pub fn on_cpu_loop(ctx: PerfEventContext) -> u32 {
 /// Sampling clock on kernels without `bpf_loop`: the walk is split between programs.
 #[perf_event]
 pub fn on_cpu_in_parts(ctx: PerfEventContext) -> u32 {
-    on_cpu::sample(&ctx, |ctx, scratch| unwind::walk_in_parts(ctx, scratch, &maps::WALK_ON));
+    on_cpu::sample(&ctx, |ctx, _| unwind::walk_in_parts(ctx, unwind::advance_on_cpu, &maps::WALK_ON));
     0
 }
 
@@ -53,7 +53,7 @@ pub fn off_cpu_loop(ctx: BtfTracePointContext) -> i32 {
 /// Waits, on kernels without `bpf_loop`.
 #[btf_tracepoint(function = "sched_switch")]
 pub fn off_cpu_in_parts(ctx: BtfTracePointContext) -> i32 {
-    off_cpu::switch(&ctx, |ctx, scratch| unwind::walk_in_parts(ctx, scratch, &maps::WAIT_WALK_ON));
+    off_cpu::switch(&ctx, |ctx, _| unwind::walk_in_parts(ctx, unwind::advance_off_cpu, &maps::WAIT_WALK_ON));
     0
 }
 

@@ -65,7 +65,7 @@ pub fn walk_on(ctx: &PerfEventContext) {
     };
     // SAFETY: as in `sample`, whose run this goes on with.
     let scratch = unsafe { &mut *scratch };
-    unwind::walk_in_parts(ctx, scratch, &WALK_ON);
+    unwind::walk_in_parts(ctx, unwind::advance_on_cpu, &WALK_ON);
     finish(scratch);
 }
 

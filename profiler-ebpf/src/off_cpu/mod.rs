@@ -79,7 +79,7 @@ pub fn walk_on(ctx: &BtfTracePointContext) {
     let Some(scratch) = maps::scratch(maps::OFF_CPU) else { return };
     // SAFETY: as in `take_stack`, whose run this goes on with.
     let scratch = unsafe { &mut *scratch };
-    unwind::walk_in_parts(ctx, scratch, &WAIT_WALK_ON);
+    unwind::walk_in_parts(ctx, unwind::advance_off_cpu, &WAIT_WALK_ON);
     finish(scratch);
 }
 

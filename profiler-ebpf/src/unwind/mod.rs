@@ -116,16 +116,41 @@ unsafe extern "C" fn advance_once<const SCRATCH: u32>(_turn: u32, _context: *mut
     i64::from(!advance(unsafe { &mut *scratch }))
 }
 
-/// Driver for older kernels: the verifier follows every turn, and programs follow each other. Where the stack
-/// goes on after this part of it, this does not return: the program in `next` finishes the sample.
+/// Driver for older kernels: programs of some frames each follow each other. `advance` is one of the functions below.
+/// Where the stack goes on after this part of it, this does not return: the program in `next` finishes the sample.
 #[inline(always)]
-pub fn walk_in_parts(ctx: &impl EbpfContext, scratch: &mut Scratch, next: &ProgramArray<1>) {
+pub fn walk_in_parts(ctx: &impl EbpfContext, advance: extern "C" fn() -> u32, next: &ProgramArray<1>) {
     for _ in 0..FRAMES_PER_PROGRAM {
-        if !advance(scratch) {
+        if advance() == 0 {
             return;
         }
     }
     // SAFETY: nothing here needs to be dropped. Where the call fails, because too many programs have followed
     // each other, the stack ends with the reason it was given at first: the depth limit.
     unsafe { next.tail_call(ctx, 0) };
+}
+
+/// One turn of [`walk_in_parts`] over the scratch of samples of CPU time; returns 0 to stop. The verifier knows this as a
+/// global function (Linux 5.6): it looks at it once and not at every turn, which would be as many instructions as it is
+/// willing to look at.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn advance_on_cpu() -> u32 {
+    advance_scratch::<{ maps::ON_CPU }>()
+}
+
+/// The same over the scratch of waits.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn advance_off_cpu() -> u32 {
+    advance_scratch::<{ maps::OFF_CPU }>()
+}
+
+#[inline(always)]
+fn advance_scratch<const SCRATCH: u32>() -> u32 {
+    let Some(scratch) = maps::scratch(SCRATCH) else {
+        return 0;
+    };
+    // SAFETY: this CPU's scratch is used by one program at a time; the map value is initialized.
+    u32::from(advance(unsafe { &mut *scratch }))
 }
