@@ -5,6 +5,7 @@
 
 mod debug_file;
 mod go_table;
+mod linkage;
 mod symbols;
 
 use std::{collections::BTreeSet, fs::File, os::unix::fs::FileExt as _};
@@ -21,6 +22,7 @@ use object::{
 pub(crate) use self::{
     debug_file::{debug_file, debug_file_name, debug_link, is_split_off, mini_debug_info},
     go_table::{GoFunction, GoTable},
+    linkage::{Stub, stubs},
     symbols::{SymbolTable, symbol_tables},
 };
 use crate::profile::{FileOffset, Segment, VirtualAddress};
@@ -142,7 +144,10 @@ pub(crate) fn tables_are_equal(a: &File, b: &File) -> bool {
     let len = |file: &File| file.metadata().ok().map(|metadata| metadata.len());
     let tables = |file: &File| {
         let mut sections = sections(file);
-        sections.retain(|section| !section.is_code && !section.name.starts_with(".debug"));
+        sections.retain(|section| {
+            let is_read = !section.is_code || linkage::is_table(&section.name);
+            is_read && !section.name.starts_with(".debug")
+        });
         sections
     };
     let tables_of_a = tables(a);

@@ -35,8 +35,17 @@ fn cut(mut text: String, len: usize) -> String {
     text
 }
 
+/// Ends the names of entries of procedure linkage tables, as binutils writes them.
+pub(super) const STUB: &str = "@plt";
+
 /// The readable form of a symbol; the symbol itself (cut to the bound) where it is not mangled or cannot be read.
 pub(super) fn readable(symbol: &str) -> String {
+    if let Some(called) = symbol.strip_suffix(STUB)
+        && !called.ends_with(STUB)
+    {
+        let called = readable(called);
+        return called[..called.floor_char_boundary(MAX_READABLE - STUB.len())].to_owned() + STUB;
+    }
     let symbol = &symbol[..symbol.floor_char_boundary(MAX_SYMBOL)];
     rust(symbol)
         .or_else(|| cpp(symbol))
@@ -94,6 +103,8 @@ mod tests {
         check("_ZNSt6vectorIiSaIiEE9push_backEOi", "std::vector<int, std::allocator<int> >::push_back(int&&)");
         check("main", "main");
         check("_Znonsense", "_Znonsense");
+        check("memcpy@plt", "memcpy@plt");
+        check("_ZdlPv@plt", "operator delete(void*)@plt");
     }
 
     /// What does not parse is given up soon, however many ways there are to try.

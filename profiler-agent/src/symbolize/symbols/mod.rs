@@ -13,8 +13,9 @@ use tracing::debug;
 
 use self::index::{Function, Index, Names};
 pub(super) use self::store::SymbolStore;
+use super::demangle;
 use crate::{
-    elf::{self, GoTable, SymbolTable},
+    elf::{self, GoTable, Section, Stub, SymbolTable},
     profile::{Nameless, SplitDebug},
 };
 
@@ -34,12 +35,20 @@ pub enum SymbolSource {
     DynamicSymbols,
     /// The table of Go's runtime.
     GoTable,
+    /// A procedure linkage table, through which other files' functions are called.
+    LinkageTable,
 }
 
 impl SymbolSource {
     /// Every source, in the order of their numbers.
-    pub const ALL: [Self; 5] =
-        [Self::SymbolTable, Self::DebugFile, Self::MiniDebugInfo, Self::DynamicSymbols, Self::GoTable];
+    pub const ALL: [Self; 6] = [
+        Self::SymbolTable,
+        Self::DebugFile,
+        Self::MiniDebugInfo,
+        Self::DynamicSymbols,
+        Self::GoTable,
+        Self::LinkageTable,
+    ];
 
     /// Its name for people and metrics.
     pub const fn label(self) -> &'static str {
@@ -49,6 +58,7 @@ impl SymbolSource {
             Self::MiniDebugInfo => "MiniDebugInfo",
             Self::DynamicSymbols => "dynamic symbols",
             Self::GoTable => "Go table",
+            Self::LinkageTable => "linkage table",
         }
     }
 }
@@ -76,8 +86,8 @@ impl FileSymbols {
                 symbols.add_tables(&split, SymbolSource::DebugFile);
             }
         }
+        let sections = elf::sections(file);
         if symbols.indexes.is_empty() {
-            let sections = elf::sections(file);
             if let Some(inside) = elf::mini_debug_info(file, &sections) {
                 symbols.made = inside.metadata().map_or(0, |metadata| usize::try_from(metadata.len()).unwrap_or(0));
                 symbols.add_tables(&Arc::new(inside), SymbolSource::MiniDebugInfo);
@@ -87,6 +97,7 @@ impl FileSymbols {
                 symbols.add_go(file, &table);
             }
         }
+        symbols.add_stubs(file, &sections);
         symbols
     }
 
@@ -127,10 +138,25 @@ impl FileSymbols {
         self.indexes.push((SymbolSource::GoTable, Index::new(functions, names)));
     }
 
+    fn add_stubs(&mut self, file: &Arc<File>, sections: &[Section]) {
+        let Some(names) = sections.iter().find(|section| section.name == ".dynstr") else { return };
+        let stubs = elf::stubs(file, sections);
+        if !stubs.is_empty() {
+            let function = |stub: Stub| Function::new(stub.address, stub.size, stub.name);
+            let functions = stubs.into_iter().take(self.room()).map(function).collect();
+            let names = Names { file: Arc::clone(file), start: names.offset, len: names.size };
+            self.indexes.push((SymbolSource::LinkageTable, Index::new(functions, names)));
+        }
+    }
+
     /// The function that holds a stated address, as the file calls it, and where it was found.
     pub(super) fn name(&self, address: u64) -> Result<(String, SymbolSource), Nameless> {
-        let nameless = if self.indexes.is_empty() { Nameless::NoSymbols } else { Nameless::NotCovered };
-        let found = self.indexes.iter().find_map(|(source, index)| Some((index.name(address)?, *source)));
+        let says_nothing = self.indexes.iter().all(|(source, _)| *source == SymbolSource::LinkageTable);
+        let nameless = if says_nothing { Nameless::NoSymbols } else { Nameless::NotCovered };
+        let found = self.indexes.iter().find_map(|(source, index)| {
+            let name = index.name(address)?;
+            Some((if *source == SymbolSource::LinkageTable { name + demangle::STUB } else { name }, *source))
+        });
         found.ok_or(nameless)
     }
 
