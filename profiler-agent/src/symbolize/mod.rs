@@ -6,6 +6,7 @@
 //! time are pending until [`FrameNamer::settle`].
 
 mod cache;
+pub mod debuginfod;
 mod demangle;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
