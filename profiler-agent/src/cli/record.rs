@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use profiler_common::abi::{counter::Counter, sample::EventKind, settings::target};
 use tracing::info;
 
-use super::{logging::Logging, output::Output};
+use super::{debuginfod::DebuginfodOptions, logging::Logging, output::Output};
 use crate::{
     config::{DEFAULT_FREQUENCY, DEFAULT_WAITS, valid_frequency},
     export::Format,
@@ -56,6 +56,8 @@ pub(super) struct Arguments {
     /// Leave out waits that are shorter than this, for example 1ms.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "0s")]
     min_wait: Duration,
+    #[command(flatten)]
+    debuginfod: DebuginfodOptions,
     /// Form of the output; by default what its name ends in says (.svg, .folded, .pb.gz, .otlp).
     #[arg(long, value_enum)]
     format: Option<Format>,
