@@ -166,8 +166,9 @@ fn has_page(port: u16, path: &str) -> bool {
     ask().is_ok() && &status[9..] == b"200"
 }
 
-/// Debian's Python, a C++ and a Rust program, all stripped: 99 of 100 frames have names with a server, most have none
-/// without, and what was fetched once is there when the server is gone.
+/// A distribution's Python, a C++ and a Rust program, all stripped: 99 of 100 frames have names with a server, most have
+/// none without (but for the functions that Python lets modules call), and what was fetched once is there when the server is
+/// gone.
 #[test]
 fn stripped_programs_are_named_by_a_server() {
     if !kernel_is_usable() {
@@ -176,8 +177,12 @@ fn stripped_programs_are_named_by_a_server() {
     let folder = scratch("debuginfod");
     let Some(system) = System::make(&folder) else { return };
     let python = system.python();
-    let programs: [(&str, &[&str]); 3] =
-        [(&python, &["-S", "-c", PYTHON, SECONDS]), ("/shapes-cpp", &["chain", SECONDS]), ("/shapes-rust", &[SECONDS])];
+    // What programs tell of themselves, most percent of frames.
+    let programs: [(&str, &[&str], f64); 3] = [
+        (&python, &["-S", "-c", PYTHON, SECONDS], 80.0),
+        ("/shapes-cpp", &["chain", SECONDS], 20.0),
+        ("/shapes-rust", &[SECONDS], 20.0),
+    ];
     let paths = [&python, "/shapes-cpp", "/shapes-rust", "/lib/x86_64-linux-gnu/libc.so.6"]
         .map(|path| fs::canonicalize(system.root.join(&path[1..])).expect("a program"));
     let debug = workspace().join("target/distribution/debug");
@@ -186,16 +191,16 @@ fn stripped_programs_are_named_by_a_server() {
     let cache = cache.to_string_lossy();
     let url = server.url.clone();
     let with_server = ["--output", "-", "--debuginfod-url", &url, "--debuginfod-cache", &cache];
-    for (program, arguments) in programs {
+    for (program, arguments, exported) in programs {
         let without = named(&system.record(&["--output", "-"], program, arguments), program).0;
         let outcome = system.record(&with_server, program, arguments);
         let (with, nameless) = named(&outcome, program);
         println!("{program}: {without:.1} % of frames have names without a server, {with:.2} % with one");
         assert!(with >= 99.0, "{program}: {nameless:?} {}", stderr(&outcome));
-        assert!(without < 60.0, "{program} is not stripped");
+        assert!(without < exported, "{program} is not stripped");
     }
     drop(server);
-    for (program, arguments) in programs {
+    for (program, arguments, _) in programs {
         let outcome = system.record(&with_server, program, arguments);
         let (with, nameless) = named(&outcome, program);
         println!("{program}: {with:.2} % from what was kept, with the server gone");

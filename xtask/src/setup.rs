@@ -107,6 +107,7 @@ fn unpack_python(folder: &Path) -> Outcome {
     if folder.is_dir() {
         return Ok(());
     }
+    update_package_lists();
     let debug_package = |version: &&&str| is_available(&format!("python{version}-dbg"));
     let version = PYTHONS.iter().find(debug_package).ok_or("this system's packages have no debug files of Python")?;
     let expat = if is_available("libexpat1") { "libexpat1" } else { "libexpat1t64" };

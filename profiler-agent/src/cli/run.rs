@@ -19,6 +19,7 @@ use crate::{
     pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
     profile::{Events, Profile},
     status::{self, Stats},
+    symbolize::debuginfod::Debuginfod,
 };
 
 const NAMES_BYTES: usize = 32 << 20;
@@ -122,6 +123,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
     let client = Client::new(&config.endpoint)?;
+    let debuginfod = config.debuginfod.map(Debuginfod::start).transpose().context("debuginfod cannot be used")?;
     let listener = TcpListener::bind(config.status)
         .await
         .with_context(|| format!("the status endpoint cannot listen on {}", config.status))?;
@@ -161,6 +163,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         period: Duration::from_nanos(1_000_000_000 / config.frequency),
         window: Some(config.window),
         names_bytes: NAMES_BYTES,
+        debuginfod: debuginfod.map(Arc::new),
         unwind_table_bytes: config.table_bytes,
         watch: None,
     };

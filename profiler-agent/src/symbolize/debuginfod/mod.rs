@@ -9,6 +9,7 @@ mod server;
 
 use std::{
     collections::{HashMap, VecDeque},
+    fmt,
     fs::File,
     io,
     path::PathBuf,
@@ -240,16 +241,52 @@ impl Debuginfod {
         answer
     }
 
+    /// Whether the answer is still [`Answer::Pending`].
+    pub fn is_pending(&self, build_id: &[u8]) -> bool {
+        let Some(build_id) = BuildId::new(build_id) else { return false };
+        let state = self.shared.state();
+        match state.asked.get(&build_id) {
+            Some(Asked::Waiting { .. }) => true,
+            Some(Asked::Fetched { .. }) => false,
+            Some(Asked::Absent { until, .. }) if Instant::now() < *until => false,
+            _ => state.queue.len() >= MAX_WAITING,
+        }
+    }
+
+    /// Whether somebody who was given this reason would be told something else now.
+    pub fn is_outdated(&self, build_id: &[u8], reason: Absence) -> bool {
+        let Some(build_id) = BuildId::new(build_id) else { return false };
+        match self.shared.state().asked.get(&build_id) {
+            Some(Asked::Waiting { .. }) => true,
+            Some(Asked::Absent { until, .. }) => Instant::now() >= *until,
+            Some(Asked::Fetched { at }) => reason != Absence::Evicted || at.elapsed() >= EVICTED_PAUSE,
+            None => true,
+        }
+    }
+
     /// Waits until nothing is pending, at most this long; says whether that is so.
-    pub fn wait_until_settled(&self, at_most: Duration) -> bool {
+    #[cfg(test)]
+    fn wait_until_settled(&self, at_most: Duration) -> bool {
         let is_pending = |state: &mut State| state.stats.pending > 0;
         let wait = self.shared.changed.wait_timeout_while(self.shared.state(), at_most, is_pending);
         !wait.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
+    /// Forgets what servers said, as time would.
+    #[cfg(test)]
+    pub(super) fn forget(&self) {
+        self.shared.state().asked.clear();
+    }
+
     /// Counts so far.
     pub fn stats(&self) -> DebuginfodStats {
         self.shared.state().stats
+    }
+}
+
+impl fmt::Debug for Debuginfod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Debuginfod({:?})", self.shared.cache)
     }
 }
 
@@ -413,7 +450,7 @@ fn not_stored(error: &io::Error) -> Absence {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::{
         fs,
         io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -429,10 +466,10 @@ mod tests {
     const GUARD: Duration = Duration::from_secs(60);
 
     /// A folder of a test's own, removed with it.
-    struct Scratch(PathBuf);
+    pub(in crate::symbolize) struct Scratch(pub(in crate::symbolize) PathBuf);
 
     impl Scratch {
-        fn new(test: &str) -> Self {
+        pub(in crate::symbolize) fn new(test: &str) -> Self {
             let folder = std::env::temp_dir().join(format!("debuginfod-{}-{test}", std::process::id()));
             // It may not exist yet.
             let _ = fs::remove_dir_all(&folder);
@@ -455,13 +492,13 @@ mod tests {
     }
 
     /// A server that does with each request, whose first line is given, what the test says.
-    struct FakeServer {
+    pub(in crate::symbolize) struct FakeServer {
         url: ServerUrl,
-        requests: Arc<AtomicUsize>,
+        pub(in crate::symbolize) requests: Arc<AtomicUsize>,
     }
 
     impl FakeServer {
-        fn start(answer: impl Fn(&str, &mut TcpStream) + Send + Sync + 'static) -> Self {
+        pub(in crate::symbolize) fn start(answer: impl Fn(&str, &mut TcpStream) + Send + Sync + 'static) -> Self {
             let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
             let url = format!("http://{}/", listener.local_addr().expect("an address")).parse().expect("a URL");
             let requests = Arc::new(AtomicUsize::new(0));
@@ -482,12 +519,12 @@ mod tests {
         }
 
         /// One that sends these bytes, whatever it is asked.
-        fn that_sends(bytes: Vec<u8>) -> Self {
+        pub(in crate::symbolize) fn that_sends(bytes: Vec<u8>) -> Self {
             // (The client may hang up first.)
             Self::start(move |_, stream| drop(stream.write_all(&bytes)))
         }
 
-        fn settings(&self, scratch: &Scratch) -> Settings {
+        pub(in crate::symbolize) fn settings(&self, scratch: &Scratch) -> Settings {
             Settings {
                 urls: vec![self.url.clone()],
                 cache_folder: scratch.0.clone(),
@@ -498,12 +535,12 @@ mod tests {
         }
     }
 
-    fn id(number: u8) -> [u8; 20] {
+    pub(in crate::symbolize) fn id(number: u8) -> [u8; 20] {
         [number; 20]
     }
 
     /// The smallest ELF file that states a build ID, and is this long.
-    fn elf(build_id: &[u8], len: usize) -> Vec<u8> {
+    pub(in crate::symbolize) fn elf(build_id: &[u8], len: usize) -> Vec<u8> {
         let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
         let note_len = 16 + build_id.len() as u64;
         let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x03\0\x3e\0\x01\0\0\0".to_vec();
@@ -518,7 +555,7 @@ mod tests {
         file
     }
 
-    fn response(status: &str, body: &[u8]) -> Vec<u8> {
+    pub(in crate::symbolize) fn response(status: &str, body: &[u8]) -> Vec<u8> {
         let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
         [head.as_bytes(), body].concat()
     }
