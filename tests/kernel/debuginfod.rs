@@ -84,11 +84,23 @@ impl System {
 
     /// Records a program of the system, where the agent finds no debug file by itself.
     fn record(&self, options: &[&str], program: &str, arguments: &[&str]) -> Output {
+        self.record_trusting(None, options, program, arguments)
+    }
+
+    /// The same with certificates that are trusted instead of the system's.
+    fn record_trusting(
+        &self,
+        certificates: Option<&Path>,
+        options: &[&str],
+        program: &str,
+        arguments: &[&str],
+    ) -> Output {
         let hide = r#"if [ -d /usr/lib/debug ]; then mount --bind "$0" /usr/lib/debug; fi && exec "$@""#;
         let mut command = Command::new("unshare");
         command.args(["--mount", "sh", "-c", hide]).arg(&self.nothing).arg(agent());
         command.args(["record", "--frequency", "499"]).args(options);
         command.args(["--", "chroot"]).arg(&self.root).arg(program).args(arguments);
+        command.env_remove("SSL_CERT_FILE").envs(certificates.map(|file| ("SSL_CERT_FILE", file)));
         let outcome = run(&mut command);
         assert!(outcome.status.success(), "{}", stderr(&outcome));
         outcome
@@ -206,6 +218,54 @@ fn stripped_programs_are_named_by_a_server() {
         println!("{program}: {with:.2} % from what was kept, with the server gone");
         assert!(with >= 99.0, "{program}: {nameless:?} {}", stderr(&outcome));
     }
+}
+
+/// What a server behind TLS is made of here: a file of Python's standard library, as many sites have it.
+const TLS_SERVER: &str = "
+import http.server, ssl, sys
+folder, certificate, key = sys.argv[1:]
+handler = lambda *given: http.server.SimpleHTTPRequestHandler(*given, directory=folder)
+server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(certificate, key)
+server.socket = context.wrap_socket(server.socket, server_side=True)
+print('port', server.server_port, flush=True)
+server.serve_forever()
+";
+
+/// Certificates are checked: what a trusted server sends is used, and nothing is asked of another.
+#[test]
+fn servers_have_to_be_trusted() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let folder = scratch("debuginfod-tls");
+    let Some(system) = System::make(&folder) else { return };
+    let (certificate, key) = (folder.join("certificate.pem"), folder.join("key.pem"));
+    let mut make = Command::new("openssl");
+    make.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]);
+    make.args(["subjectAltName=DNS:localhost,IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE", "-out"]);
+    check(make.arg(&certificate).arg("-keyout").arg(&key));
+    let page = folder.join("pages/buildid").join(build_id(&system.root.join("shapes-rust")));
+    fs::create_dir_all(&page).expect("a folder");
+    fs::copy(system.debug.join("shapes-rust.debug"), page.join("debuginfo")).expect("a copy");
+    let log = File::create(folder.join("server.log")).expect("a file");
+    let mut command = Command::new("python3");
+    command.args(["-c", TLS_SERVER]).arg(folder.join("pages")).arg(&certificate).arg(&key);
+    let mut server = Background(command.stdout(Stdio::piped()).stderr(log).spawn().expect("Python"));
+    let port = server.wait_for_line("port").split_whitespace().last().expect("a port").to_owned();
+    let url = format!("https://localhost:{port}");
+    let cache = folder.join("cache");
+    let cache = cache.to_string_lossy();
+    let options = ["--output", "-", "--debuginfod-url", &url, "--debuginfod-cache", &cache];
+    let distrusting = system.record(&options, "/shapes-rust", &[SECONDS]);
+    let (without, _) = named(&distrusting, "/shapes-rust");
+    let trusting = system.record_trusting(Some(&certificate), &options, "/shapes-rust", &[SECONDS]);
+    let (with, nameless) = named(&trusting, "/shapes-rust");
+    println!("TLS: {without:.1} % of frames have names from a server that is not trusted, {with:.2} % if it is");
+    // (It has nothing of the C library, which has three frames in most stacks.)
+    assert!(with >= 90.0, "{nameless:?} {}", stderr(&trusting));
+    assert!(without < 20.0);
 }
 
 /// A server that accepts and never answers: the recording ends, the books balance, and frames say what they wait for.

@@ -28,6 +28,7 @@ const TEST_PROGRAMS: &[(&str, &[&str])] = &[
     ("perf", &["linux-perf", "linux-tools-generic"]),
     ("xz", &["xz-utils"]),
     ("debuginfod", &["debuginfod"]),
+    ("openssl", &["openssl"]),
     ("setpriv", &["util-linux"]),
     ("script", &["bsdutils"]),
     ("pgrep", &["procps"]),

@@ -6,6 +6,7 @@
 use std::{
     fmt, fs,
     io::Read as _,
+    path::PathBuf,
     str::FromStr,
     sync::Arc,
     time::{Duration, Instant},
@@ -32,6 +33,8 @@ const MAX_FAILURES: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_secs(60);
 /// Longest time it is left alone.
 const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
+/// Names another file of trusted certificates, as OpenSSL has it.
+const CERTIFICATES_VARIABLE: &str = "SSL_CERT_FILE";
 /// Where systems keep the certificates they trust: Debian and its like, Fedora, openSUSE.
 const CERTIFICATES: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem"];
@@ -108,7 +111,10 @@ impl Server {
         // An unencrypted server may redirect to an encrypted one: without certificates that is an error then.
         let certificates = trusted_certificates();
         if url.is_encrypted() && certificates.is_empty() {
-            return Err(format!("{url}: no trusted certificates in {}", CERTIFICATES.join(" or ")));
+            return Err(format!(
+                "{url}: no trusted certificates in {CERTIFICATES_VARIABLE} or {}",
+                CERTIFICATES.join(" or ")
+            ));
         }
         let tls = TlsConfig::builder()
             .root_certs(RootCerts::from(certificates))
@@ -193,7 +199,9 @@ impl Server {
 
 /// What the system trusts; nothing where that cannot be found.
 fn trusted_certificates() -> Vec<ureq::tls::Certificate<'static>> {
-    let Some(text) = CERTIFICATES.iter().find_map(|path| fs::read(path).ok()) else { return Vec::new() };
+    let chosen = std::env::var_os(CERTIFICATES_VARIABLE).map(PathBuf::from);
+    let mut files = chosen.into_iter().chain(CERTIFICATES.map(PathBuf::from));
+    let Some(text) = files.find_map(|path| fs::read(path).ok()) else { return Vec::new() };
     parse_pem(&text)
         .filter_map(|item| match item {
             Ok(PemItem::Certificate(certificate)) => Some(certificate),
