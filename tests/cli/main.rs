@@ -133,6 +133,28 @@ fn bad_endpoint() {
     check_refused(&with("https://collector:4317"), &["TLS"]);
 }
 
+/// Debug files from where there are none, and for where they cannot be kept; passwords are not repeated.
+#[test]
+fn bad_debuginfod() {
+    let folder = scratch("bad_debuginfod");
+    let (output, cache) = (folder.join("machine.svg"), folder.join("file"));
+    std::fs::write(&cache, "").expect("a file");
+    for command in ["record", "run"] {
+        let refused = run(Command::new(agent()).args([command, "--debuginfod-url", "ftp://user:hunter2@host"]));
+        check_refused(&refused, &["debuginfod", "https://"]);
+        assert!(!stderr(&refused).contains("hunter2"), "{}", stderr(&refused));
+        let small = run(Command::new(agent()).args([command, "--debuginfod-cache-mib", "1"]));
+        check_refused(&small, &["cache_mib", "16"]);
+    }
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: only root gets as far as making folders");
+        return;
+    }
+    let mut command = record(&["--debuginfod-url", "http://localhost", "--debuginfod-cache"]);
+    check_refused(&run(command.arg(&cache).arg("--output").arg(&output)), &[&cache.to_string_lossy(), "debug files"]);
+    assert!(!output.exists());
+}
+
 /// A command that cannot be started.
 #[test]
 fn unknown_command() {

@@ -4,6 +4,7 @@
 mod agreement;
 mod budget;
 mod daemon;
+mod debuginfod;
 mod naming;
 mod recording;
 mod stacks;

@@ -2,7 +2,7 @@
 //!
 //! Installing happens on Debian and Ubuntu as root; elsewhere the exact commands are printed.
 
-use std::{path::Path, process::Command};
+use std::{fs, path::Path, process::Command};
 
 use crate::{
     Outcome,
@@ -27,10 +27,15 @@ const TEST_PROGRAMS: &[(&str, &[&str])] = &[
     ("go", &["golang-go"]),
     ("perf", &["linux-perf", "linux-tools-generic"]),
     ("xz", &["xz-utils"]),
+    ("debuginfod", &["debuginfod"]),
+    ("openssl", &["openssl"]),
     ("setpriv", &["util-linux"]),
     ("script", &["bsdutils"]),
     ("pgrep", &["procps"]),
 ];
+
+/// Pythons that a distribution may have, the oldest first.
+const PYTHONS: &[&str] = &["3.11", "3.12", "3.13", "3.14"];
 
 pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
     if let Some(unknown) = arguments.first() {
@@ -91,7 +96,41 @@ pub(crate) fn for_tests(workspace: &Path) -> Outcome {
             .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
             .args(["grpcio", "opentelemetry-proto>=1.40"]))?;
     }
+    if let Err(missing) = unpack_python(&workspace.join("target/distribution")) {
+        eprintln!("xtask: no stripped Python with its debug files, tests skip it: {missing}");
+    }
     Ok(())
+}
+
+/// Unpacks a distribution's stripped Python with its libraries into `root`, and the debug files of the same versions into
+/// `debug`: installed, the agent would find them by itself.
+fn unpack_python(folder: &Path) -> Outcome {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    update_package_lists();
+    let debug_package = |version: &&&str| is_available(&format!("python{version}-dbg"));
+    let version = PYTHONS.iter().find(debug_package).ok_or("this system's packages have no debug files of Python")?;
+    let expat = if is_available("libexpat1") { "libexpat1" } else { "libexpat1t64" };
+    let programs = ["libc6", "zlib1g", "libgcc-s1", "libstdc++6", expat].map(str::to_owned).into_iter().chain(
+        ["python{}-minimal", "libpython{}-minimal", "libpython{}-stdlib"].map(|name| name.replace("{}", version)),
+    );
+    let debug_files = ["libc6-dbg".to_owned(), format!("python{version}-dbg")];
+    let begun = folder.with_extension("begun");
+    // What was begun and not finished.
+    let _ = fs::remove_dir_all(&begun);
+    let failed = |error: std::io::Error| format!("{}: {error}", begun.display());
+    for (part, packages) in [("root", programs.collect::<Vec<_>>()), ("debug", debug_files.to_vec())] {
+        let (archives, unpacked) = (begun.join(format!("{part}-archives")), begun.join(part));
+        fs::create_dir_all(&archives).map_err(failed)?;
+        fs::create_dir_all(&unpacked).map_err(failed)?;
+        run(Command::new("apt-get").args(["-qq", "download"]).args(&packages).current_dir(&archives))?;
+        for archive in fs::read_dir(&archives).map_err(failed)?.flatten() {
+            run(Command::new("dpkg").arg("-x").arg(archive.path()).arg(&unpacked))?;
+        }
+        fs::remove_dir_all(&archives).map_err(failed)?;
+    }
+    fs::rename(&begun, folder).map_err(failed)
 }
 
 fn install_compiler() -> Outcome {

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod check;
+mod debuginfod;
 mod logging;
 mod output;
 mod record;

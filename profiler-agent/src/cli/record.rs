@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use profiler_common::abi::{counter::Counter, sample::EventKind, settings::target};
 use tracing::info;
 
-use super::{logging::Logging, output::Output};
+use super::{debuginfod::DebuginfodOptions, logging::Logging, output::Output};
 use crate::{
     config::{DEFAULT_FREQUENCY, DEFAULT_WAITS, valid_frequency},
     export::Format,
@@ -24,6 +24,7 @@ use crate::{
     process::children_of,
     profile::{Events, Profile},
     status::Stats,
+    symbolize::debuginfod::Debuginfod,
     unwind_info::DEFAULT_TABLE_BYTES,
 };
 
@@ -56,6 +57,8 @@ pub(super) struct Arguments {
     /// Leave out waits that are shorter than this, for example 1ms.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "0s")]
     min_wait: Duration,
+    #[command(flatten)]
+    debuginfod: DebuginfodOptions,
     /// Form of the output; by default what its name ends in says (.svg, .folded, .pb.gz, .otlp).
     #[arg(long, value_enum)]
     format: Option<Format>,
@@ -91,6 +94,7 @@ struct Recording {
     frequency: u64,
     events: Events,
     waits: WaitOptions,
+    debuginfod: Option<Arc<Debuginfod>>,
     format: Format,
     output: Output,
     btf: PathBuf,
@@ -132,13 +136,16 @@ impl Arguments {
                 (PathBuf::from(name), format)
             }
         };
+        let debuginfod = self.debuginfod.settings().validate()?;
         privileges::check()?;
+        let debuginfod = debuginfod.map(Debuginfod::start).transpose().context("debuginfod cannot be used")?;
         Ok(Recording {
             pids: self.pids,
             duration: self.duration,
             frequency,
             events: self.event,
             waits: WaitOptions { stacks_per_second: self.wait_stacks, min_duration: self.min_wait },
+            debuginfod: debuginfod.map(Arc::new),
             format,
             output: Output::open(path)?,
             btf: self.btf,
@@ -202,6 +209,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
         period: Duration::from_nanos(1_000_000_000 / recording.frequency),
         window: None,
         names_bytes: NAMES_BYTES,
+        debuginfod: recording.debuginfod.take(),
         unwind_table_bytes: DEFAULT_TABLE_BYTES,
         watch: (!watch.is_empty()).then_some(watch),
     };

@@ -11,7 +11,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::logging::Logging;
+use super::{debuginfod::DebuginfodOptions, logging::Logging};
 use crate::{
     config::{Config, Overrides},
     export::otlp::{self, Client},
@@ -19,6 +19,7 @@ use crate::{
     pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
     profile::{Events, Profile},
     status::{self, Stats},
+    symbolize::debuginfod::Debuginfod,
 };
 
 const NAMES_BYTES: usize = 32 << 20;
@@ -52,6 +53,8 @@ pub(super) struct Arguments {
     /// Most kernel memory for the rows of unwind tables, MiB. What does not fit is evicted by least use.
     #[arg(long, env = "PROFILER_UNWIND_TABLE_MIB", value_name = "MIB")]
     unwind_table_mib: Option<u32>,
+    #[command(flatten)]
+    debuginfod: DebuginfodOptions,
     /// OTLP gRPC endpoint that profiles are sent to. OTEL_EXPORTER_OTLP_ENDPOINT is used where this is not set.
     #[arg(long, env = "OTEL_EXPORTER_OTLP_PROFILES_ENDPOINT", value_name = "URL")]
     endpoint: Option<String>,
@@ -80,6 +83,11 @@ Configuration file, with the defaults:
     min_wait: 0s
   unwind:
     table_mib: 64
+  symbolize:
+    debuginfod:
+      urls: []
+      cache: /var/cache/profiler-agent/debuginfod
+      cache_mib: 1024
   export:
     endpoint: http://127.0.0.1:4317
     window: 15s
@@ -95,6 +103,7 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
         wait_stacks: arguments.wait_stacks,
         min_wait: arguments.min_wait,
         table_mib: arguments.unwind_table_mib,
+        debuginfod: arguments.debuginfod.settings(),
         endpoint: arguments.endpoint.or_else(|| std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok()),
         window: arguments.window,
         status: arguments.status_listen,
@@ -114,6 +123,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
     let client = Client::new(&config.endpoint)?;
+    let debuginfod = config.debuginfod.map(Debuginfod::start).transpose().context("debuginfod cannot be used")?;
     let listener = TcpListener::bind(config.status)
         .await
         .with_context(|| format!("the status endpoint cannot listen on {}", config.status))?;
@@ -153,6 +163,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         period: Duration::from_nanos(1_000_000_000 / config.frequency),
         window: Some(config.window),
         names_bytes: NAMES_BYTES,
+        debuginfod: debuginfod.map(Arc::new),
         unwind_table_bytes: config.table_bytes,
         watch: None,
     };

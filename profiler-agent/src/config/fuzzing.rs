@@ -10,4 +10,9 @@ pub fn config(bytes: &[u8]) {
     assert!(config.frequency > 0);
     assert!(WINDOW_RANGE.contains(&config.window));
     assert!(TABLE_MIB_RANGE.contains(&((config.table_bytes >> 20) as u32)));
+    if let Some(debuginfod) = config.debuginfod {
+        assert!(!debuginfod.urls.is_empty());
+        assert!(debuginfod.max_file_bytes < debuginfod.cache_bytes);
+        assert!(debuginfod.urls.iter().all(|url| !url.to_string().contains('@')));
+    }
 }

@@ -3,12 +3,17 @@
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
 
-use std::{fs, net::SocketAddr, path::Path, time::Duration};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail};
 use serde::Deserialize;
 
-use crate::{kernel::WaitOptions, profile::Events, unwind_info::DEFAULT_TABLE_BYTES};
+use crate::{kernel::WaitOptions, profile::Events, symbolize::debuginfod, unwind_info::DEFAULT_TABLE_BYTES};
 
 /// Samples per second and CPU. Off the round hundred, so that sampling does not keep step with timers.
 pub const DEFAULT_FREQUENCY: u64 = 99;
@@ -24,12 +29,21 @@ const WINDOW_RANGE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1).
 /// Less than this would not hold the tables of one large program; more than this the kernel programs cannot address.
 const TABLE_MIB_RANGE: std::ops::RangeInclusive<u32> = 2..=(DEFAULT_TABLE_BYTES >> 20) as u32;
 
+/// Where files from debuginfod servers are kept.
+const DEFAULT_DEBUGINFOD_CACHE: &str = "/var/cache/profiler-agent/debuginfod";
+const DEFAULT_DEBUGINFOD_CACHE_MIB: u64 = 1024;
+/// Less than this would not hold one large program's debug file and another.
+const DEBUGINFOD_CACHE_MIB_RANGE: std::ops::RangeInclusive<u64> = 16..=1 << 20;
+/// How long a debug file may take to arrive: half a gigabyte at a few megabytes a second.
+const DEBUGINFOD_TIMEOUT: Duration = Duration::from_secs(120);
+
 /// The configuration file. Everything is optional.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct File {
     sampling: Sampling,
     unwind: Unwind,
+    symbolize: Symbolize,
     export: Export,
     status: Status,
 }
@@ -47,6 +61,30 @@ struct Sampling {
 #[serde(deny_unknown_fields, default)]
 struct Unwind {
     table_mib: Option<u32>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Symbolize {
+    debuginfod: Debuginfod,
+}
+
+/// Where debug files come from that this machine does not have.
+#[derive(Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Debuginfod {
+    /// Servers, in the order in which they are asked; none: it is off. They may hold passwords.
+    pub urls: Vec<String>,
+    /// The folder of files that were fetched.
+    pub cache: Option<PathBuf>,
+    /// Most MiB of its files.
+    pub cache_mib: Option<u64>,
+}
+
+impl std::fmt::Debug for Debuginfod {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} servers, {:?}, {:?} MiB", self.urls.len(), self.cache, self.cache_mib)
+    }
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -75,6 +113,8 @@ pub struct Overrides {
     pub min_wait: Option<Duration>,
     /// Most kernel memory for rows of unwind tables, MiB.
     pub table_mib: Option<u32>,
+    /// Where debug files come from.
+    pub debuginfod: Debuginfod,
     /// OTLP endpoint.
     pub endpoint: Option<String>,
     /// Length of a window.
@@ -94,6 +134,8 @@ pub struct Config {
     pub waits: WaitOptions,
     /// Most kernel memory for rows of unwind tables, bytes.
     pub table_bytes: usize,
+    /// Where debug files come from that this machine does not have; `None`: from nowhere.
+    pub debuginfod: Option<debuginfod::Settings>,
     /// OTLP endpoint, gRPC.
     pub endpoint: String,
     /// How long samples are aggregated before they are exported.
@@ -158,11 +200,53 @@ impl Config {
                 min_duration: min_wait,
             },
             table_bytes: (table_mib as usize) << 20,
+            debuginfod: overrides.debuginfod.over(file.symbolize.debuginfod).validate()?,
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
             endpoint: overrides.endpoint.or(file.export.endpoint).unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
             window,
             status,
         })
+    }
+}
+
+impl Debuginfod {
+    /// What is set here, and where nothing is, what is set there.
+    fn over(self, other: Self) -> Self {
+        Self {
+            urls: if self.urls.is_empty() { other.urls } else { self.urls },
+            cache: self.cache.or(other.cache),
+            cache_mib: self.cache_mib.or(other.cache_mib),
+        }
+    }
+
+    /// What the client needs; `None` without servers. Errors do not repeat URLs.
+    pub fn validate(self) -> anyhow::Result<Option<debuginfod::Settings>> {
+        let cache_mib = self.cache_mib.unwrap_or(DEFAULT_DEBUGINFOD_CACHE_MIB);
+        if !DEBUGINFOD_CACHE_MIB_RANGE.contains(&cache_mib) {
+            bail!(
+                "symbolize.debuginfod.cache_mib: {cache_mib} is outside of {} to {} MiB",
+                DEBUGINFOD_CACHE_MIB_RANGE.start(),
+                DEBUGINFOD_CACHE_MIB_RANGE.end()
+            );
+        }
+        let cache_folder = self.cache.unwrap_or_else(|| PathBuf::from(DEFAULT_DEBUGINFOD_CACHE));
+        if cache_folder.as_os_str().is_empty() {
+            bail!("symbolize.debuginfod.cache: a folder has a name, such as {DEFAULT_DEBUGINFOD_CACHE}");
+        }
+        let mut urls = Vec::new();
+        for (index, url) in self.urls.iter().enumerate() {
+            let valid = url.parse().map_err(|problem: String| anyhow::anyhow!(problem));
+            urls.push(valid.with_context(|| format!("symbolize.debuginfod.urls, number {}", index + 1))?);
+        }
+        let cache_bytes = cache_mib << 20;
+        Ok((!urls.is_empty()).then(|| debuginfod::Settings {
+            urls,
+            cache_folder,
+            cache_bytes,
+            // One file does not evict everything else.
+            max_file_bytes: cache_bytes / 2,
+            timeout: DEBUGINFOD_TIMEOUT,
+        }))
     }
 }
 
@@ -211,6 +295,7 @@ mod tests {
             events: Events::OnCpu,
             waits: DEFAULT_WAITS,
             table_bytes: 64 << 20,
+            debuginfod: None,
             endpoint: DEFAULT_ENDPOINT.to_owned(),
             window: DEFAULT_WINDOW,
             status: "127.0.0.1:7081".parse().expect("an address"),
@@ -239,6 +324,40 @@ mod tests {
         );
     }
 
+    /// Debug files come from nowhere but the servers that are named; flags replace the file's.
+    #[test]
+    fn debuginfod_is_off_without_servers() {
+        let settings = |url: &str, folder: &str, mib: u64| debuginfod::Settings {
+            urls: vec![url.parse().expect("a URL")],
+            cache_folder: folder.into(),
+            cache_bytes: mib << 20,
+            max_file_bytes: mib << 19,
+            timeout: DEBUGINFOD_TIMEOUT,
+        };
+        let yaml = "symbolize:\n  debuginfod:\n    urls: [https://one]\n    cache: /folder\n    cache_mib: 100\n";
+        check("symbolize:\n  debuginfod:\n    cache_mib: 100\n", Overrides::default(), Ok(default()));
+        check(
+            "symbolize:\n  debuginfod:\n    urls: [https://one]\n",
+            Overrides::default(),
+            Ok(Config { debuginfod: Some(settings("https://one", DEFAULT_DEBUGINFOD_CACHE, 1024)), ..default() }),
+        );
+        let flags = Debuginfod { urls: vec!["http://two/".to_owned()], cache: Some("/flag".into()), cache_mib: None };
+        check(
+            yaml,
+            Overrides { debuginfod: flags, ..Overrides::default() },
+            Ok(Config { debuginfod: Some(settings("http://two", "/flag", 100)), ..default() }),
+        );
+    }
+
+    /// What is wrong with a server's URL is said without it: it may hold a password.
+    #[test]
+    fn refusals_keep_secrets() {
+        let yaml = "symbolize:\n  debuginfod:\n    urls: [https://one, 'ftp://user:hunter2@two']\n";
+        check(yaml, Overrides::default(), Err("symbolize.debuginfod.urls, number 2"));
+        let error = parse(yaml).and_then(|file| Config::merge(file, Overrides::default())).expect_err("refused");
+        assert!(!format!("{error:#}").contains("hunter2"));
+    }
+
     /// Every refusal names the setting and what would be accepted.
     #[test]
     fn refusals_name_the_setting() {
@@ -248,6 +367,14 @@ mod tests {
         check("export:\n  window: soon\n", Overrides::default(), Err("export.window"));
         check("export:\n  window: 1ms\n", Overrides::default(), Err("1s to 10m"));
         check("unwind:\n  table_mib: 1000\n", Overrides::default(), Err("unwind.table_mib"));
+        check("symbolize:\n  debuginfo: {}\n", Overrides::default(), Err("debuginfo"));
+        check("symbolize:\n  debuginfod:\n    url: x\n", Overrides::default(), Err("url"));
+        check(
+            "symbolize:\n  debuginfod:\n    cache_mib: 1\n",
+            Overrides::default(),
+            Err("symbolize.debuginfod.cache_mib: 1 is outside of 16"),
+        );
+        check("symbolize:\n  debuginfod:\n    cache: ''\n", Overrides::default(), Err("symbolize.debuginfod.cache"));
         check("status:\n  listen: nowhere\n", Overrides::default(), Err("status.listen"));
         check("", Overrides { frequency: Some(0), ..Overrides::default() }, Err("at least 1"));
     }

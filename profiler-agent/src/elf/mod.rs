@@ -42,7 +42,7 @@ const COMPARED: usize = 256 << 10;
 /// Most bytes of two files that are compared.
 const MAX_COMPARED: u64 = 512 << 20;
 /// Longest build ID kept.
-const MAX_BUILD_ID: usize = 64;
+pub(crate) const MAX_BUILD_ID: usize = 64;
 
 /// What a file's headers say.
 #[derive(Debug, Default, PartialEq, Eq)]

@@ -61,11 +61,23 @@ pub enum Nameless {
     Pending,
     /// Reading it took too long.
     TooSlow,
+    /// A server that may have its debug file has not sent it yet.
+    DebugFilePending,
+    /// Servers did not send its debug file.
+    DebugFileNotSent,
 }
 
 impl Nameless {
     /// Every reason.
-    pub const ALL: [Self; 5] = [Self::Unreadable, Self::NoSymbols, Self::NotCovered, Self::Pending, Self::TooSlow];
+    pub const ALL: [Self; 7] = [
+        Self::Unreadable,
+        Self::NoSymbols,
+        Self::NotCovered,
+        Self::Pending,
+        Self::TooSlow,
+        Self::DebugFilePending,
+        Self::DebugFileNotSent,
+    ];
 
     /// Its name for people, metrics and attributes.
     pub const fn label(self) -> &'static str {
@@ -75,6 +87,8 @@ impl Nameless {
             Self::NotCovered => "not covered by symbols",
             Self::Pending => "symbols pending",
             Self::TooSlow => "symbols too slow",
+            Self::DebugFilePending => "debug file pending",
+            Self::DebugFileNotSent => "debug file not sent",
         }
     }
 }

@@ -10,7 +10,13 @@ use std::{
 use profiler_common::abi::{counter::Counter, sample::EventKind};
 
 use super::Stats;
-use crate::{profile::Nameless, symbolize::SymbolSource};
+use crate::{
+    profile::Nameless,
+    symbolize::{
+        SymbolSource,
+        debuginfod::{Absence, DebuginfodStats},
+    },
+};
 
 const PREFIX: &str = "profiler_agent_";
 
@@ -92,6 +98,7 @@ pub(super) fn render(stats: &Stats) -> String {
     page.counter("symbols_overdue", "Files whose symbols took too long to read.", symbolize.symbols_overdue);
     page.gauge("symbols_pending", "Files whose symbols are being read.", symbolize.symbols_pending);
     page.counter("symbols_evicted", "Files whose symbols were dropped to keep the budget.", symbolize.symbols_evicted);
+    debuginfod(&mut page, &symbolize.debuginfod);
     page.counter("frame_cache_evictions", "Times half of the frame cache was dropped.", symbolize.cache_evictions);
     page.gauge("frame_cache_bytes", "Estimated bytes of named frames kept.", symbolize.cache_bytes);
 
@@ -137,6 +144,24 @@ pub(super) fn render(stats: &Stats) -> String {
         page.sample("cpu_seconds_total", "CPU time of the agent's threads.", "counter", seconds);
     }
     page.0
+}
+
+/// What became of debug files that this machine does not have.
+fn debuginfod(page: &mut Page, stats: &DebuginfodStats) {
+    page.counter("debuginfod_requests", "Requests that debuginfod servers were sent.", stats.requests);
+    page.counter("debuginfod_received_bytes", "Bytes of debug files that servers sent.", stats.bytes);
+    page.counter("debuginfod_files_fetched", "Debug files that servers sent and that were kept.", stats.fetched);
+    page.labelled(
+        "debuginfod_failures",
+        "Requests that gave no debug file, by reason.",
+        Absence::ALL
+            .map(|reason| (format!("reason=\"{}\"", reason.label()), stats.failures[reason as usize].to_string())),
+    );
+    page.counter("debuginfod_cache_hits", "Debug files that were on disk when they were wanted.", stats.disk_hits);
+    page.counter("debuginfod_cache_misses", "Debug files for which a server had to be asked.", stats.disk_misses);
+    page.counter("debuginfod_cache_evictions", "Debug files that made room for others on disk.", stats.evicted);
+    page.gauge("debuginfod_cache_bytes", "Bytes of debug files that were fetched, on disk.", stats.cache_bytes);
+    page.gauge("debuginfod_pending", "Debug files that servers are asked for, or will be.", stats.pending);
 }
 
 fn dropped_labels(stage: &str, reason: &str) -> String {

@@ -1,6 +1,9 @@
 //! Frames by place, within a byte budget.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use crate::profile::{ExecutableId, FileOffset, Frame, FrameName, Location};
 
@@ -72,6 +75,18 @@ impl FrameCache {
             if let Some(frame) = frames.remove(&key) {
                 *bytes = bytes.saturating_sub(bytes_of(&frame));
             }
+        }
+    }
+
+    /// Drops the nameless frames of these files.
+    pub(super) fn forget_nameless(&mut self, files: &HashSet<ExecutableId>) {
+        let keep = |key: &FrameKey, frame: &mut Arc<Frame>| match key {
+            FrameKey::File(file, _) => !matches!(frame.name, FrameName::Unnamed(_)) || !files.contains(file),
+            _ => true,
+        };
+        for (frames, bytes) in [(&mut self.young, &mut self.young_bytes), (&mut self.old, &mut self.old_bytes)] {
+            frames.retain(keep);
+            *bytes = frames.values().map(|frame| bytes_of(frame)).sum();
         }
     }
 

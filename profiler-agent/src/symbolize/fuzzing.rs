@@ -24,7 +24,7 @@ pub fn symbols(bytes: &[u8]) {
     if elf::summarize(&file).is_none() {
         return;
     }
-    let symbols = FileSymbols::read(&file, None, None);
+    let symbols = FileSymbols::read(&file, None, None, None);
     for address in addresses {
         if let Ok((name, _)) = symbols.name(address) {
             assert!(readable(&name).len() <= 1024);

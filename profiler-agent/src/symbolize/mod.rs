@@ -6,6 +6,7 @@
 //! time are pending until [`FrameNamer::settle`].
 
 mod cache;
+pub mod debuginfod;
 mod demangle;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
@@ -21,6 +22,7 @@ use std::{
 pub use self::symbols::SymbolSource;
 use self::{
     cache::{FrameCache, FrameKey},
+    debuginfod::{Debuginfod, DebuginfodStats},
     kernel::KernelSymbols,
     symbols::{FileSymbols, SymbolStore},
 };
@@ -52,6 +54,8 @@ pub struct SymbolizeStats {
     pub symbols_overdue: u64,
     /// Files that are being read, or will be.
     pub symbols_pending: usize,
+    /// What became of debug files that this machine does not have.
+    pub debuginfod: DebuginfodStats,
     /// Bytes the frame cache holds, estimated.
     pub cache_bytes: usize,
     /// Times half of the frame cache was dropped to keep its budget.
@@ -66,18 +70,21 @@ pub struct FrameNamer {
     kernel: KernelSymbols,
     cache: FrameCache,
     symbols: SymbolStore,
+    servers: Option<Arc<Debuginfod>>,
     /// Frames in the cache whose files are not read yet: none of them outlives its batch there.
     pending: Vec<FrameKey>,
     stats: SymbolizeStats,
 }
 
 impl FrameNamer {
-    /// A namer whose frames and symbols take about `budget` bytes, half of them each.
-    pub fn new(budget: usize) -> Self {
+    /// A namer whose frames and symbols take about `budget` bytes, half of them each. `servers` are asked for debug files
+    /// that this machine does not have.
+    pub fn new(budget: usize, servers: Option<Arc<Debuginfod>>) -> Self {
         Self {
             kernel: KernelSymbols::new(),
             cache: FrameCache::new(budget / 2),
-            symbols: SymbolStore::new(budget / 2),
+            symbols: SymbolStore::new(budget / 2, servers.clone()),
+            servers,
             pending: Vec::new(),
             stats: SymbolizeStats::default(),
         }
@@ -144,6 +151,7 @@ impl FrameNamer {
             symbols_evicted: symbols.evicted,
             symbols_overdue: symbols.overdue,
             symbols_pending: symbols.pending,
+            debuginfod: self.servers.as_ref().map(|servers| servers.stats()).unwrap_or_default(),
             ..self.stats
         }
     }
@@ -196,11 +204,15 @@ impl FrameNamer {
         }
         for (id, (executable, offsets)) in files {
             self.symbols.set_slow(id);
-            if waits_again {
+            let so_far = if waits_again { self.symbols.so_far(id) } else { None };
+            if waits_again && so_far.is_none() {
                 self.stats.by_reason[Nameless::Pending as usize] += offsets.len() as u64;
             }
+            // More may be known for the next window.
+            self.pending.extend(offsets.iter().map(|&offset| FrameKey::File(id, offset)));
+            let symbols = so_far.ok_or(Nameless::Pending);
             for offset in offsets {
-                self.resolve_place(&executable, offset, &Err(Nameless::Pending));
+                self.resolve_place(&executable, offset, &symbols);
             }
         }
     }
@@ -284,9 +296,14 @@ impl FrameNamer {
         frame
     }
 
-    /// Lets go of files that were closed, of frames that were pending, and of kernel symbols when modules came or went.
+    /// Lets go of files that were closed, of frames that were pending or whose files servers may have now, and of kernel
+    /// symbols when modules came or went.
     fn forget_stale(&mut self) {
         self.symbols.forget_closed();
+        let again = self.symbols.ask_servers_again();
+        if !again.is_empty() {
+            self.cache.forget_nameless(&again);
+        }
         for key in std::mem::take(&mut self.pending) {
             self.cache.forget(key);
         }
@@ -346,7 +363,7 @@ pub(crate) mod tests {
             count: 1,
             time_ns: 0,
         };
-        let mut namer = FrameNamer::new(1 << 30);
+        let mut namer = FrameNamer::new(1 << 30, None);
         let frames = namer.name(&[sample], Duration::ZERO).pop().expect("a stack");
         assert_eq!(frames[0].name, FrameName::Unnamed(Nameless::Pending));
         assert_eq!(namer.stats().frames_unnamed, 1, "what is pending is not lost yet");

@@ -88,6 +88,8 @@ pub(super) fn make(folder: &Path) -> Outcome {
     let settings =
         "sampling:\n  frequency: 49\nunwind:\n  table_mib: 8\nexport:\n  window: 1m\nstatus:\n  listen: 127.0.0.1:1\n";
     seeds.add("config", "settings", settings.as_bytes())?;
+    let servers = "symbolize:\n  debuginfod:\n    urls: ['https://a:b@c:1/d']\n    cache: /e\n    cache_mib: 16\n";
+    seeds.add("config", "servers", servers.as_bytes())?;
     records(&seeds)
 }
 

@@ -13,7 +13,10 @@ use tracing::debug;
 
 use self::index::{Function, Index, Names};
 pub(super) use self::store::SymbolStore;
-use super::demangle;
+use super::{
+    debuginfod::{Absence, Answer, Debuginfod},
+    demangle,
+};
 use crate::{
     elf::{self, GoTable, Section, Stub, SymbolTable},
     profile::{Nameless, SplitDebug},
@@ -29,6 +32,8 @@ pub enum SymbolSource {
     SymbolTable,
     /// `.symtab` of the debug file that was split off it.
     DebugFile,
+    /// The same of a debug file that a server sent.
+    Debuginfod,
     /// `.symtab` of the small file inside it.
     MiniDebugInfo,
     /// `.dynsym`: what other files may call.
@@ -41,9 +46,10 @@ pub enum SymbolSource {
 
 impl SymbolSource {
     /// Every source, in the order of their numbers.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::SymbolTable,
         Self::DebugFile,
+        Self::Debuginfod,
         Self::MiniDebugInfo,
         Self::DynamicSymbols,
         Self::GoTable,
@@ -55,6 +61,7 @@ impl SymbolSource {
         match self {
             Self::SymbolTable => "symbol table",
             Self::DebugFile => "debug file",
+            Self::Debuginfod => "debuginfod",
             Self::MiniDebugInfo => "MiniDebugInfo",
             Self::DynamicSymbols => "dynamic symbols",
             Self::GoTable => "Go table",
@@ -72,12 +79,28 @@ pub(super) struct FileSymbols {
     indexes: Vec<(SymbolSource, Index)>,
     /// Bytes of files that were made in memory.
     made: usize,
+    /// What servers say of its debug file, where they were asked and have not sent it.
+    not_sent: Option<NotSent>,
+}
+
+/// Why there is no debug file from a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NotSent {
+    /// It may still come.
+    Pending,
+    Absent(Absence),
 }
 
 impl FileSymbols {
-    /// Reads everything that names functions of the file. `debug` may have been split off it.
-    pub(super) fn read(file: &Arc<File>, build_id: Option<&[u8]>, debug: Option<&SplitDebug>) -> Self {
-        let mut symbols = Self { file: Arc::clone(file), indexes: Vec::new(), made: 0 };
+    /// Reads everything that names functions of the file. `debug` may have been split off it; where nothing on this machine
+    /// was, `servers` are asked.
+    pub(super) fn read(
+        file: &Arc<File>,
+        build_id: Option<&[u8]>,
+        debug: Option<&SplitDebug>,
+        servers: Option<&Debuginfod>,
+    ) -> Self {
+        let mut symbols = Self { file: Arc::clone(file), indexes: Vec::new(), made: 0, not_sent: None };
         symbols.add_tables(file, SymbolSource::SymbolTable);
         if symbols.indexes.is_empty() {
             let of_process =
@@ -88,23 +111,64 @@ impl FileSymbols {
         }
         let sections = elf::sections(file);
         if symbols.indexes.is_empty() {
-            if let Some(inside) = elf::mini_debug_info(file, &sections) {
-                symbols.made = inside.metadata().map_or(0, |metadata| usize::try_from(metadata.len()).unwrap_or(0));
-                symbols.add_tables(&Arc::new(inside), SymbolSource::MiniDebugInfo);
-            }
-            symbols.add_tables(file, SymbolSource::DynamicSymbols);
-            if let Some(table) = GoTable::find(file, &sections) {
-                symbols.add_go(file, &table);
-            }
+            symbols.add_partial(file, build_id, &sections, servers);
         }
         symbols.add_stubs(file, &sections);
         symbols
     }
 
+    /// Adds what names only some of the functions, unless a server has all.
+    fn add_partial(
+        &mut self,
+        file: &Arc<File>,
+        build_id: Option<&[u8]>,
+        sections: &[Section],
+        servers: Option<&Debuginfod>,
+    ) {
+        let go_table = GoTable::find(file, sections);
+        // What Go's table knows is as much as a debug file would tell.
+        if let (None, Some(servers), Some(build_id)) = (&go_table, servers, build_id) {
+            self.ask(servers, build_id);
+        }
+        if !self.indexes.is_empty() {
+            return;
+        }
+        if let Some(inside) = elf::mini_debug_info(file, sections) {
+            self.made = inside.metadata().map_or(0, |metadata| usize::try_from(metadata.len()).unwrap_or(0));
+            self.add_tables(&Arc::new(inside), SymbolSource::MiniDebugInfo);
+        }
+        self.add_tables(file, SymbolSource::DynamicSymbols);
+        if let Some(table) = go_table {
+            self.add_go(file, &table);
+        }
+    }
+
+    fn ask(&mut self, servers: &Debuginfod, build_id: &[u8]) {
+        match servers.debug_file(build_id) {
+            Answer::Ready(debug_file) => self.add_tables(&Arc::new(debug_file), SymbolSource::Debuginfod),
+            Answer::Pending => self.not_sent = Some(NotSent::Pending),
+            Answer::Absent(reason) => self.not_sent = Some(NotSent::Absent(reason)),
+        }
+    }
+
+    /// Why servers did not send more of them.
+    fn absence(&self) -> Option<Absence> {
+        match self.not_sent? {
+            NotSent::Absent(reason) => Some(reason),
+            NotSent::Pending => None,
+        }
+    }
+
+    /// Whether a server may still send more of them.
+    fn is_awaiting(&self) -> bool {
+        self.not_sent == Some(NotSent::Pending)
+    }
+
     /// Whether they are the symbols of that file too: it says the same, and has nothing besides that says more.
     pub(super) fn are_of(&self, file: &File, has_debug: bool) -> bool {
-        let says_most =
-            |(source, _): &(SymbolSource, Index)| matches!(source, SymbolSource::SymbolTable | SymbolSource::DebugFile);
+        let says_most = |(source, _): &(SymbolSource, Index)| {
+            matches!(source, SymbolSource::SymbolTable | SymbolSource::DebugFile | SymbolSource::Debuginfod)
+        };
         (!has_debug || self.indexes.iter().any(says_most)) && elf::tables_are_equal(&self.file, file)
     }
 
@@ -152,7 +216,12 @@ impl FileSymbols {
     /// The function that holds a stated address, as the file calls it, and where it was found.
     pub(super) fn name(&self, address: u64) -> Result<(String, SymbolSource), Nameless> {
         let says_nothing = self.indexes.iter().all(|(source, _)| *source == SymbolSource::LinkageTable);
-        let nameless = if says_nothing { Nameless::NoSymbols } else { Nameless::NotCovered };
+        let nameless = match self.not_sent {
+            Some(NotSent::Pending) => Nameless::DebugFilePending,
+            Some(NotSent::Absent(reason)) if reason != Absence::NotFound => Nameless::DebugFileNotSent,
+            _ if says_nothing => Nameless::NoSymbols,
+            _ => Nameless::NotCovered,
+        };
         let found = self.indexes.iter().find_map(|(source, index)| {
             let name = index.name(address)?;
             Some((if *source == SymbolSource::LinkageTable { name + demangle::STUB } else { name }, *source))

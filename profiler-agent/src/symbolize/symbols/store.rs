@@ -4,7 +4,7 @@
 //! many containers) share what was read of the first.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     sync::Arc,
     time::{Duration, Instant},
@@ -13,7 +13,10 @@ use std::{
 use tracing::debug;
 
 use super::{FileSymbols, workers::Workers};
-use crate::profile::{Executable, ExecutableId, Nameless, SplitDebug};
+use crate::{
+    profile::{Executable, ExecutableId, Nameless, SplitDebug},
+    symbolize::debuginfod::Debuginfod,
+};
 
 /// How long a file may take. Real ones take milliseconds; the largest, from a cold disk, some seconds.
 const TIME_LIMIT: Duration = Duration::from_secs(15);
@@ -28,12 +31,14 @@ struct Job {
     debug: Option<Arc<SplitDebug>>,
     /// What was read of files with the same build ID.
     alike: Vec<Arc<FileSymbols>>,
+    servers: Option<Arc<Debuginfod>>,
 }
 
 fn read(job: Job) -> Arc<FileSymbols> {
-    let Job { executable, file, debug, alike } = job;
+    let Job { executable, file, debug, alike, servers } = job;
     let equal = alike.into_iter().find(|symbols| symbols.are_of(&file, debug.is_some()));
-    equal.unwrap_or_else(|| Arc::new(FileSymbols::read(&file, executable.build_id.as_deref(), debug.as_deref())))
+    let build_id = executable.build_id.as_deref();
+    equal.unwrap_or_else(|| Arc::new(FileSymbols::read(&file, build_id, debug.as_deref(), servers.as_deref())))
 }
 
 enum State {
@@ -41,6 +46,8 @@ enum State {
     Wanted,
     /// A thread reads it, or will.
     Asked,
+    /// This much is read, and a server may send more.
+    Awaiting(Arc<FileSymbols>),
     Read(Arc<FileSymbols>),
     Failed(Nameless),
 }
@@ -74,6 +81,8 @@ pub(in crate::symbolize) struct StoreStats {
 pub(in crate::symbolize) struct SymbolStore {
     files: HashMap<ExecutableId, Entry>,
     workers: Workers<Job, Arc<FileSymbols>>,
+    /// Who is asked for debug files that this machine does not have.
+    servers: Option<Arc<Debuginfod>>,
     budget: usize,
     /// Counts requests, to tell which file was used last.
     clock: u64,
@@ -81,10 +90,11 @@ pub(in crate::symbolize) struct SymbolStore {
 }
 
 impl SymbolStore {
-    pub(in crate::symbolize) fn new(budget: usize) -> Self {
+    pub(in crate::symbolize) fn new(budget: usize, servers: Option<Arc<Debuginfod>>) -> Self {
         Self {
             files: HashMap::new(),
             workers: Workers::new(read, TIME_LIMIT),
+            servers,
             budget,
             clock: 0,
             stats: StoreStats::default(),
@@ -97,12 +107,39 @@ impl SymbolStore {
         let used = self.clock;
         let new = || Entry { executable: Arc::clone(executable), state: State::Wanted, is_slow: false, used };
         self.files.entry(executable.id).or_insert_with(new).used = used;
+        self.read_again_if_settled(executable.id);
         self.ask(executable.id);
         match self.files.get(&executable.id).map(|entry| &entry.state) {
             Some(State::Read(symbols)) => Ok(Arc::clone(symbols)),
             Some(State::Failed(reason)) => Err(*reason),
-            Some(State::Wanted | State::Asked) | None => Err(Nameless::Pending),
+            Some(State::Wanted | State::Asked | State::Awaiting(_)) | None => Err(Nameless::Pending),
         }
+    }
+
+    /// The symbols of a file as far as they are known, where a server may send more.
+    pub(in crate::symbolize) fn so_far(&self, id: ExecutableId) -> Option<Arc<FileSymbols>> {
+        match &self.files.get(&id)?.state {
+            State::Awaiting(symbols) => Some(Arc::clone(symbols)),
+            _ => None,
+        }
+    }
+
+    /// Files that are worth asking servers about again: they are pending from now on.
+    pub(in crate::symbolize) fn ask_servers_again(&mut self) -> HashSet<ExecutableId> {
+        let Some(servers) = &self.servers else { return HashSet::new() };
+        let is_worth_it = |entry: &Entry| match (&entry.state, &entry.executable.build_id) {
+            (State::Read(symbols), Some(build_id)) => {
+                symbols.absence().is_some_and(|absence| servers.is_outdated(build_id, absence))
+            }
+            _ => false,
+        };
+        let again: HashSet<_> = self.files.iter().filter(|(_, entry)| is_worth_it(entry)).map(|(&id, _)| id).collect();
+        for &id in &again {
+            self.read_again(id);
+            // Nobody waits for what was in vain before.
+            self.set_slow(id);
+        }
+        again
     }
 
     /// The next file that is not pending any more: read, or failed. Waits for it until `deadline`.
@@ -124,9 +161,26 @@ impl SymbolStore {
                     return Some(id);
                 }
                 None if now >= deadline => return None,
-                None => {}
+                None => self.files.keys().copied().collect::<Vec<_>>().into_iter().for_each(|id| {
+                    self.read_again_if_settled(id);
+                }),
             }
         }
+    }
+
+    /// Reads a file again for which a server has answered.
+    fn read_again_if_settled(&mut self, id: ExecutableId) {
+        let (Some(entry), Some(servers)) = (self.files.get(&id), &self.servers) else { return };
+        let build_id = entry.executable.build_id.as_deref().unwrap_or_default();
+        if matches!(entry.state, State::Awaiting(_)) && !servers.is_pending(build_id) {
+            self.read_again(id);
+        }
+    }
+
+    fn read_again(&mut self, id: ExecutableId) {
+        let Some(entry) = self.files.get_mut(&id) else { return };
+        let before = std::mem::replace(&mut entry.state, State::Wanted);
+        self.release(&before);
     }
 
     /// Whether a pending file is worth waiting for: nobody has yet, in vain.
@@ -170,8 +224,8 @@ impl SymbolStore {
                         _ => {}
                     }
                 }
-                let debug = executable.debug_file();
-                if !self.workers.offer(id, Job { executable, file, debug, alike }) {
+                let (debug, servers) = (executable.debug_file(), self.servers.clone());
+                if !self.workers.offer(id, Job { executable, file, debug, alike, servers }) {
                     return;
                 }
                 State::Asked
@@ -197,7 +251,7 @@ impl SymbolStore {
                     while self.stats.bytes + symbols.bytes() > self.budget && self.evict_oldest() {}
                     self.stats.bytes += symbols.bytes();
                 }
-                State::Read(symbols)
+                if symbols.is_awaiting() { State::Awaiting(symbols) } else { State::Read(symbols) }
             }
         };
         if let Some(entry) = self.files.get_mut(&id) {
@@ -227,8 +281,14 @@ impl SymbolStore {
     }
 
     fn forget(&mut self, id: ExecutableId) {
-        let entry = self.files.remove(&id);
-        if let Some(symbols) = entry.as_ref().and_then(Entry::symbols)
+        if let Some(entry) = self.files.remove(&id) {
+            self.release(&entry.state);
+        }
+    }
+
+    /// Takes note that a file no longer has these symbols; others may.
+    fn release(&mut self, state: &State) {
+        if let Some(symbols) = state.symbols()
             && !self.is_held(symbols)
         {
             self.stats.bytes = self.stats.bytes.saturating_sub(symbols.bytes());
@@ -243,8 +303,14 @@ impl SymbolStore {
 
 impl Entry {
     fn symbols(&self) -> Option<&Arc<FileSymbols>> {
-        match &self.state {
-            State::Read(symbols) => Some(symbols),
+        self.state.symbols()
+    }
+}
+
+impl State {
+    fn symbols(&self) -> Option<&Arc<FileSymbols>> {
+        match self {
+            Self::Read(symbols) | Self::Awaiting(symbols) => Some(symbols),
             _ => None,
         }
     }
@@ -252,8 +318,13 @@ impl Entry {
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, sync::atomic::Ordering, thread};
+
     use super::*;
-    use crate::symbolize::tests::own;
+    use crate::symbolize::{
+        debuginfod::tests::{FakeServer, Scratch, elf, id, response},
+        tests::own,
+    };
 
     /// Longer than reading takes.
     const LONG: Duration = Duration::from_secs(60);
@@ -273,7 +344,7 @@ mod tests {
     /// file.
     #[test]
     fn equal_files_are_read_once() {
-        let mut store = SymbolStore::new(usize::MAX);
+        let mut store = SymbolStore::new(usize::MAX, None);
         let files = [own(0, &[1]), own(1, &[1]), own(2, &[2])];
         for file in &files {
             assert!(store.of(file).is_err(), "nothing is read at once");
@@ -293,10 +364,50 @@ mod tests {
         assert_eq!(store.stats().bytes, 0);
     }
 
+    /// A file that tells nothing but its build ID, and a store that asks a server.
+    fn stripped(scratch: &Scratch, server: &FakeServer) -> (SymbolStore, Arc<Debuginfod>, Arc<Executable>) {
+        let settings = server.settings(&Scratch(scratch.0.join("cache")));
+        let client = Arc::new(Debuginfod::start(settings).expect("a client"));
+        let program = scratch.0.join("program");
+        fs::write(&program, elf(&id(7), 200)).expect("a file");
+        let executable = own(0, &id(7));
+        *executable.file.lock().expect("nobody panicked") = Some(Arc::new(File::open(program).expect("a file")));
+        (SymbolStore::new(usize::MAX, Some(Arc::clone(&client))), client, executable)
+    }
+
+    /// What a server does not have is not waited for again, until its answer has aged.
+    #[test]
+    fn servers_are_asked_again_in_time() {
+        let (scratch, server) = (Scratch::new("again"), FakeServer::that_sends(response("404 Not Found", b"")));
+        let (mut store, client, executable) = stripped(&scratch, &server);
+        let symbols = read_now(&mut store, &executable);
+        assert_eq!(symbols.name(0), Err(Nameless::NoSymbols));
+        assert!(store.ask_servers_again().is_empty());
+        client.forget();
+        assert_eq!(store.ask_servers_again(), HashSet::from([executable.id]));
+        assert_eq!(store.stats().bytes, 0);
+        assert!(store.of(&executable).is_err());
+        assert_eq!(read_now(&mut store, &executable).bytes(), store.stats().bytes);
+        assert_eq!(server.requests.load(Ordering::Relaxed), 2);
+    }
+
+    /// What a server may still send is pending, and what is known so far says so.
+    #[test]
+    fn servers_may_take_their_time() {
+        let (scratch, server) = (Scratch::new("time"), FakeServer::start(|_, _| thread::sleep(LONG)));
+        let (mut store, _client, executable) = stripped(&scratch, &server);
+        assert!(store.of(&executable).is_err() && store.so_far(executable.id).is_none());
+        assert_eq!(store.next(Instant::now() + LONG), Some(executable.id));
+        assert!(store.of(&executable).is_err());
+        let so_far = store.so_far(executable.id).expect("what the file itself tells");
+        assert_eq!(so_far.name(0), Err(Nameless::DebugFilePending));
+        assert_eq!(store.next(Instant::now()), None);
+    }
+
     /// What was used last stays.
     #[test]
     fn keeps_its_budget() {
-        let mut store = SymbolStore::new(usize::MAX);
+        let mut store = SymbolStore::new(usize::MAX, None);
         let files = [own(0, &[0]), own(1, &[1]), own(2, &[2])];
         store.budget = 2 * read_now(&mut store, &files[0]).bytes();
         read_now(&mut store, &files[1]);
