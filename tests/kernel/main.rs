@@ -3,6 +3,7 @@
 
 mod agreement;
 mod budget;
+mod containers;
 mod daemon;
 mod naming;
 mod recording;

@@ -14,6 +14,8 @@ use nix::{
     unistd::Pid,
 };
 
+pub mod recorded;
+
 /// The workspace's folder.
 pub fn workspace() -> &'static Path {
     let own = Path::new(env!("CARGO_MANIFEST_DIR"));
