@@ -10,6 +10,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::debug;
 
 use super::{Section, read, summarize};
+use crate::regular_file;
 
 /// Where debug files are kept by build ID.
 const DEBUG_FILES: &str = "/usr/lib/debug/.build-id";
@@ -24,7 +25,7 @@ const MAX_MEMORY_KIB: u32 = 20 << 10;
 pub(crate) fn debug_file(build_id: &[u8]) -> Option<File> {
     let (first, rest) = build_id.split_first()?;
     let rest: String = rest.iter().map(|byte| format!("{byte:02x}")).collect();
-    let file = File::open(format!("{DEBUG_FILES}/{first:02x}/{rest}.debug")).ok()?;
+    let file = regular_file::open(format!("{DEBUG_FILES}/{first:02x}/{rest}.debug"))?;
     (summarize(&file)?.build_id.as_deref() == Some(build_id)).then_some(file)
 }
 
