@@ -64,6 +64,12 @@ fn wait_marker(sample: &Sample) -> Option<&'static str> {
     (sample.kind == EventKind::RunQueue).then_some("[run queue]")
 }
 
+/// Text as it is written: names come from files that anybody may have made, and a terminal would obey some of what they
+/// can hold.
+fn legible(text: &str) -> String {
+    text.replace(char::is_control, ":")
+}
+
 #[cfg(test)]
 pub(crate) mod testing {
     //! A small profile for the exporters' tests.
