@@ -88,6 +88,12 @@ pub(super) fn render(stats: &Stats) -> String {
     );
     page.gauge("symbol_bytes", "Bytes that symbols of files take.", symbolize.symbol_bytes);
     page.counter("symbols_read", "Times the symbols of a file were read.", symbolize.symbols_read);
+    page.counter(
+        "symbols_read_again",
+        "Times the symbols of a file were read that had been dropped to keep the budget.",
+        symbolize.symbols_read_again,
+    );
+    page.sample("naming_seconds_total", "Time spent on naming frames.", "counter", symbolize.time.as_secs_f64());
     page.counter("symbols_evicted", "Files whose symbols were dropped to keep the budget.", symbolize.symbols_evicted);
     page.counter("frame_cache_evictions", "Times half of the frame cache was dropped.", symbolize.cache_evictions);
     page.gauge("frame_cache_bytes", "Estimated bytes of named frames kept.", symbolize.cache_bytes);

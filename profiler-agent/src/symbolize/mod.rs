@@ -12,7 +12,9 @@ mod symbols;
 
 use std::{
     collections::{BTreeSet, HashMap},
+    fmt,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use blazesym::{
@@ -49,12 +51,34 @@ pub struct SymbolizeStats {
     pub symbol_bytes: usize,
     /// Files whose symbols were read, and of how many they were dropped to keep the budget.
     pub symbols_read: u64,
+    /// Of those, the ones that had been read before and were dropped since.
+    pub symbols_read_again: u64,
     /// See [`Self::symbols_read`].
     pub symbols_evicted: u64,
+    /// How long naming took.
+    pub time: Duration,
     /// Bytes the frame cache holds, estimated.
     pub cache_bytes: usize,
     /// Times half of the frame cache was dropped to keep its budget.
     pub cache_evictions: u64,
+}
+
+impl fmt::Display for SymbolizeStats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} frames named in {:.3} s", self.frames_named, self.time.as_secs_f64())?;
+        for source in SymbolSource::ALL {
+            write!(f, ", {} by {}", self.by_source[source as usize], source.label())?;
+        }
+        write!(f, "; {} unnamed", self.frames_unnamed)?;
+        for reason in Nameless::ALL {
+            write!(f, ", {} {}", self.by_reason[reason as usize], reason.label())?;
+        }
+        write!(
+            f,
+            "; symbols of {} files read, {} of them again; {} bytes of symbols, {} of frames",
+            self.symbols_read, self.symbols_read_again, self.symbol_bytes, self.cache_bytes
+        )
+    }
 }
 
 /// Names frames and remembers them.
@@ -81,20 +105,25 @@ impl FrameNamer {
 
     /// Names every frame of the samples. The result has one vector of frames per sample, leaf first.
     pub fn name(&mut self, samples: &[LocatedSample]) -> Vec<Vec<Arc<Frame>>> {
+        let begun = Instant::now();
         self.forget_stale();
         self.resolve_missing(samples);
-        samples.iter().map(|sample| sample.locations.iter().map(|location| self.frame(location)).collect()).collect()
+        let frames = |sample: &LocatedSample| sample.locations.iter().map(|location| self.frame(location)).collect();
+        let named = samples.iter().map(frames).collect();
+        self.stats.time += begun.elapsed();
+        named
     }
 
     /// Counts so far.
     pub fn stats(&self) -> SymbolizeStats {
-        let (symbol_bytes, symbols_read, symbols_evicted) = self.symbols.stats();
+        let symbols = self.symbols.stats();
         SymbolizeStats {
             cache_bytes: self.cache.bytes(),
             cache_evictions: self.cache.evictions(),
-            symbol_bytes,
-            symbols_read,
-            symbols_evicted,
+            symbol_bytes: symbols.bytes,
+            symbols_read: symbols.read,
+            symbols_read_again: symbols.read_again,
+            symbols_evicted: symbols.evicted,
             ..self.stats
         }
     }

@@ -5,7 +5,11 @@
 
 mod index;
 
-use std::{collections::HashMap, fs::File, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    fs::File,
+    sync::Arc,
+};
 
 use tracing::debug;
 
@@ -17,6 +21,8 @@ use crate::{
 
 /// Most functions of one file: 16 MiB of memory. Browsers have half as many.
 const MAX_FUNCTIONS: usize = 1 << 20;
+/// Most evicted files that are remembered, to count which are read again.
+const MAX_EVICTED: usize = 16 << 10;
 
 /// Where a name was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,13 +169,33 @@ pub(super) struct SymbolStore {
     budget: usize,
     /// Counts requests, to tell which file was used last.
     clock: u64,
-    read: u64,
-    evicted: u64,
+    evicted: HashSet<ExecutableId>,
+    stats: StoreStats,
+}
+
+/// What the store has done.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct StoreStats {
+    /// Bytes it takes.
+    pub(super) bytes: usize,
+    /// Times a file was read.
+    pub(super) read: u64,
+    /// Times one was read that had been let go to keep the budget.
+    pub(super) read_again: u64,
+    /// Files that were let go to keep the budget.
+    pub(super) evicted: u64,
 }
 
 impl SymbolStore {
     pub(super) fn new(budget: usize) -> Self {
-        Self { files: HashMap::new(), bytes: 0, budget, clock: 0, read: 0, evicted: 0 }
+        Self {
+            files: HashMap::new(),
+            bytes: 0,
+            budget,
+            clock: 0,
+            evicted: HashSet::new(),
+            stats: StoreStats::default(),
+        }
     }
 
     /// The symbols of a file; `None` where it cannot be read.
@@ -180,7 +206,8 @@ impl SymbolStore {
             return Some(Arc::clone(&held.symbols));
         }
         let symbols = Arc::new(FileSymbols::read(&executable.file()?, executable.build_id.as_deref()));
-        self.read += 1;
+        self.stats.read += 1;
+        self.stats.read_again += u64::from(self.evicted.remove(&executable.id));
         let bytes = symbols.bytes();
         while self.bytes + bytes > self.budget && self.evict_oldest() {}
         self.bytes += bytes;
@@ -200,9 +227,9 @@ impl SymbolStore {
         });
     }
 
-    /// Bytes it takes, files read, and files that were let go to keep the budget.
-    pub(super) fn stats(&self) -> (usize, u64, u64) {
-        (self.bytes, self.read, self.evicted)
+    /// What it takes and has done.
+    pub(super) fn stats(&self) -> StoreStats {
+        StoreStats { bytes: self.bytes, ..self.stats }
     }
 
     /// Returns whether there was one.
@@ -210,7 +237,11 @@ impl SymbolStore {
         let oldest = self.files.iter().min_by_key(|(_, held)| held.used).map(|(&id, _)| id);
         let Some(held) = oldest.and_then(|id| self.files.remove(&id)) else { return false };
         self.bytes -= held.bytes;
-        self.evicted += 1;
+        self.stats.evicted += 1;
+        if self.evicted.len() >= MAX_EVICTED {
+            self.evicted.clear();
+        }
+        self.evicted.insert(held.executable.id);
         true
     }
 }
