@@ -3,10 +3,13 @@
 
 mod agreement;
 mod budget;
+mod compilation;
 mod containers;
 mod daemon;
+mod hostile;
 mod naming;
 mod recording;
+mod servers;
 mod stacks;
 mod unwinding;
 mod waits;
