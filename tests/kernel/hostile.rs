@@ -44,6 +44,7 @@ impl Section {
     const CONTENTS: u32 = 1;
     const DYNAMIC_SYMBOLS: u32 = 11;
     const EXECUTABLE: u64 = 4;
+    const COMPRESSED: u64 = 1 << 11;
 }
 
 /// An executable without sections that is given others.
@@ -125,7 +126,7 @@ impl Forged {
         self.bytes[60..62].copy_from_slice(&count.to_le_bytes());
         self.bytes[62..64].copy_from_slice(&(last as u16).to_le_bytes());
         // (In place, so that it may be executed.)
-        fs::copy(&self.path.with_file_name("stripped"), &self.path).expect("a copy");
+        fs::copy(self.path.with_file_name("stripped"), &self.path).expect("a copy");
         fs::write(&self.path, &self.bytes).expect("a program");
         self.path
     }
@@ -141,6 +142,39 @@ fn noise(bytes: u64) -> Vec<u8> {
         state.to_le_bytes()
     };
     (0..bytes / 8).flat_map(|_| next()).collect()
+}
+
+/// Compresses a GiB of zeros.
+const DEFLATE: &str = "import sys, zlib; sys.stdout.buffer.write(zlib.compress(bytes(1 << 30), 1))";
+
+/// Call frame information of as many functions as there is room for, all of them at different places of no code.
+fn frames(bytes: u64) -> Vec<u8> {
+    // A common entry (version 1, "zR", absolute addresses), then functions that advance by a byte and remember all.
+    let mut frames = vec![0x10, 0, 0, 0, 0, 0, 0, 0, 1, b'z', b'R', 0, 1, 0x78, 16, 1, 0, 0x0c, 7, 8];
+    let mut index = 0u64;
+    while (frames.len() as u64) < bytes {
+        let back = frames.len() as u32 + 4;
+        frames.extend(36u32.to_le_bytes());
+        frames.extend(back.to_le_bytes());
+        frames.extend((index * 64).to_le_bytes());
+        frames.extend(64u64.to_le_bytes());
+        frames.extend([0, 0x41, 0x0e, 16, 0x41, 0x0e, 24, 0x41, 0x0e, 32, 0x41, 0x0e, 40, 0x41, 0x0a, 0x0a]);
+        index += 1;
+    }
+    frames
+}
+
+/// A table of Go 1.18 with a million functions that are nowhere.
+fn go_table(bytes: u64) -> Vec<u8> {
+    let mut table = noise(bytes);
+    let words = [1_000_000u64, 1, 0x40_1000, 72, 72, 72, 72, 72];
+    table[..8].copy_from_slice(&[0xf1, 0xff, 0xff, 0xff, 0, 0, 1, 8]);
+    table[8..72].copy_from_slice(&words.map(u64::to_le_bytes).concat());
+    for index in 0..1_000_001usize {
+        let at = 72 + 8 * index;
+        table[at..at + 4].copy_from_slice(&(index as u32 * 16).to_le_bytes());
+    }
+    table
 }
 
 /// Every section that is looked for, each as `place` says.
@@ -196,7 +230,23 @@ fn forgeries(program: &Path) -> Vec<PathBuf> {
     let bomb = run(Command::new("sh").args(["-c", "head -c 1G /dev/zero | xz -0 --stdout"])).stdout;
     let mut mini = Forged::new(program, "bomb");
     mini.append(Section { name: ".gnu_debugdata", kind: Section::CONTENTS, ..Section::default() }, &bomb);
+    let [go, cie] = [go_table(60 * MIB), frames(47 * MIB)];
+    let mut tables = Forged::new(program, "tables");
+    let section = |name| Section { name, kind: Section::CONTENTS, ..Section::default() };
+    tables.append(section(".eh_frame"), &cie);
+    tables.append(section(".debug_frame"), &cie);
+    let mut go_tables = Forged::new(program, "go-tables");
+    go_tables.append(section(".gopclntab"), &go);
+    go_tables.append(section(".go.module"), &noise(15 * MIB));
+    let mut compressed = Forged::new(program, "compressed");
+    let header = [1u64, 1 << 40, 1].iter().flat_map(|word| word.to_le_bytes());
+    let deflated = run(Command::new("python3").args(["-c", DEFLATE])).stdout;
+    let contents: Vec<u8> = header.chain(deflated).collect();
+    compressed.append(Section { flags: Section::COMPRESSED, ..section(".debug_frame") }, &contents);
     vec![
+        tables.write(None),
+        go_tables.write(None),
+        compressed.write(None),
         everything(program, "huge", |_| (0, u64::MAX, u32::MAX)),
         everything(program, "beyond", |_| (u64::MAX - 8, 4096, 7)),
         everything(program, "overlapping", |own| (0, size, own)),

@@ -90,7 +90,7 @@ fn nginx() {
     let settings = format!(
         "daemon off; worker_processes 1; user root; pid {place}/pid; error_log {place}/error;\n\
          events {{}}\n\
-         http {{ access_log {place}/access; gzip on; gzip_types *; client_body_temp_path {place}/body;\n\
+         http {{ access_log {place}/access; gzip on; gzip_types *; gzip_http_version 1.0; client_body_temp_path {place}/body;\n\
          server {{ listen 127.0.0.1:{port}; root {place}; }} }}\n"
     );
     fs::write(folder.join("nginx.conf"), settings).expect("settings");
