@@ -130,6 +130,16 @@ impl<M: TableMaps> Store<M> {
         executables.max_by_key(|&executable| self.maps.executable(executable).map_or(0, |entry| entry.missed))
     }
 
+    /// Notes that an executable's table is about to be built: samples need not ask for it again. (Its number may just have
+    /// been forgotten as another file's, and the request with it.)
+    pub(super) fn begin(&mut self, executable: u32) -> io::Result<()> {
+        let entry = self.maps.executable(executable)?;
+        if entry.state == TableState::Absent as u32 {
+            self.maps.set_executable(executable, ExecutableTable { state: TableState::Requested as u32, ..entry })?;
+        }
+        Ok(())
+    }
+
     /// Uses the table of an equal source for another executable. False: there is none.
     pub(super) fn share(&mut self, fingerprint: u64, executable: u32) -> io::Result<bool> {
         let Some(placed) = self.tables.get_mut(&fingerprint) else { return Ok(false) };
