@@ -30,11 +30,13 @@ fn compile(test: &str) -> Background {
     Background::start(command.current_dir(workspace()))
 }
 
-/// Ends a compilation with all its compilers.
-fn end(compilation: &Background) {
+/// Ends a compilation with all its compilers, and removes what they have made.
+fn end(test: &str, compilation: Background) {
     let group = i32::try_from(compilation.pid()).expect("a PID");
     // An error means that it has ended.
     let _ = nix::sys::signal::killpg(nix::unistd::Pid::from_raw(group), Signal::SIGKILL);
+    drop(compilation);
+    scratch(test);
 }
 
 /// Frames of code in files with and without a name, weighted by samples.
@@ -68,7 +70,7 @@ fn recording_a_compilation() {
         recorder.0.try_wait().expect("a child")
     });
     let took = started.elapsed();
-    end(&compilation);
+    end("compilation", compilation);
     let log = fs::read_to_string(&log).expect("the log");
     assert!(status.success(), "{log}");
     let told = log.lines().find(|line| line.contains(" frames named in ")).expect("what naming cost");
@@ -120,7 +122,7 @@ fn following_a_compilation() {
     ]
     .map(value);
     let most = peak_memory(daemon.pid());
-    end(&compilation);
+    end("compilation", compilation);
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.finish().status.success());
     println!(

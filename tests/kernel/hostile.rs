@@ -363,6 +363,8 @@ fn lying_sections_and_symbols() {
     // Names have nothing that a terminal would obey.
     let mut names = samples.iter().flat_map(|sample| &sample.frames).filter_map(|frame| frame.name.as_deref());
     assert!(names.all(|name| !name.contains(char::is_control) && name.len() <= MAX_NAME));
+    // Half a gigabyte.
+    fs::remove_dir_all(&folder).expect("its folder");
 }
 
 /// Build IDs of odd lengths, and pipes, devices, links in a circle, folders, and lies where a debug file is looked for.

@@ -71,6 +71,17 @@ fn legible(text: &str) -> String {
 }
 
 #[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a terminal would obey is replaced, and nothing else.
+    #[test]
+    fn control_characters_are_not_written() {
+        assert_eq!(legible("a;b\n\u{1b}[1mé"), "a;b::[1mé");
+    }
+}
+
+#[cfg(test)]
 pub(crate) mod testing {
     //! A small profile for the exporters' tests.
 

@@ -520,6 +520,18 @@ mod tests {
         rows.iter().rev().find(|row| u64::from(row.place()) <= address & 0xffff).map_or(0, |row| row.rule())
     }
 
+    /// A number that was just forgotten as another file's is not asked for again while its table is being built.
+    #[test]
+    fn tables_that_are_being_built_are_not_asked_for() {
+        let mut store = store(2);
+        store.forget(&[1]).expect("in memory");
+        store.begin(1).expect("in memory");
+        assert_eq!(state(&store, 1), TableState::Requested as u32);
+        insert(&mut store, 1, 1000);
+        store.begin(1).expect("in memory");
+        assert_eq!(state(&store, 1), TableState::Ready as u32);
+    }
+
     /// Every row is found where its address leads, in tables that share chunks and span several.
     #[test]
     fn rows_are_found_by_address() {
