@@ -17,6 +17,7 @@ pub mod pipeline;
 pub mod process;
 pub mod profile;
 mod ranges;
+mod regular_file;
 pub mod status;
 pub mod symbolize;
 pub mod unwind_info;

@@ -31,7 +31,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::{MissedTickBehavior, interval_at},
 };
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
 
 use crate::{
     aggregate::Window,
@@ -462,6 +462,7 @@ fn name_batches(batches: &Receiver<Batch>, profiles: &mpsc::Sender<Profile>, opt
     if !window.is_empty() {
         close_window(&mut window, &mut namer, patience, profiles, stats);
     }
+    debug!("{}", namer.stats());
 }
 
 /// Hands the window's profile to the exporters, or counts it where they are behind.

@@ -3,10 +3,14 @@
 
 mod agreement;
 mod budget;
+mod compilation;
+mod containers;
 mod daemon;
 mod debuginfod;
+mod hostile;
 mod naming;
 mod recording;
+mod servers;
 mod stacks;
 mod unwinding;
 mod waits;

@@ -14,6 +14,8 @@ use nix::{
     unistd::Pid,
 };
 
+pub mod recorded;
+
 /// The workspace's folder.
 pub fn workspace() -> &'static Path {
     let own = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -231,6 +233,13 @@ impl Drop for Background {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// The most memory that a process had resident so far, MiB; zero once it has ended.
+pub fn peak_memory(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+    kib.unwrap_or(0u64) / 1024
 }
 
 /// A TCP port that nothing listens on now.

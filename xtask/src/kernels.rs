@@ -17,6 +17,7 @@ use std::{
 use crate::{
     Outcome, build,
     process::{find, run},
+    suite,
 };
 use verdict::{Row, Run};
 
@@ -73,7 +74,7 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
 
 /// Why kernels cannot be fetched on this machine, if so.
 pub(crate) fn obstacle() -> Option<String> {
-    package::mirror().err()
+    suite::mirror().err()
 }
 
 /// The kernels that arguments name by version or suite; without any, all.

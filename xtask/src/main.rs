@@ -8,6 +8,7 @@ mod kernels;
 mod process;
 mod run;
 mod setup;
+mod suite;
 mod test;
 mod tidy;
 #[path = "../../profiler-ebpf/toolchain.rs"]

@@ -2,11 +2,12 @@
 //!
 //! Installing happens on Debian and Ubuntu as root; elsewhere the exact commands are printed.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
 
 use crate::{
     Outcome,
     process::{cargo, find, is_root, output, run},
+    suite::{self, Suite},
     toolchain::{Compiler, Toolchain, find_compiler, find_linker},
 };
 
@@ -20,7 +21,6 @@ const TEST_PROGRAMS: &[(&str, &[&str])] = &[
     ("g++", &["g++"]),
     ("musl-gcc", &["musl-tools"]),
     ("qemu-system-x86_64", &["qemu-system-x86"]),
-    ("busybox", &["busybox-static"]),
     ("node", &["nodejs"]),
     ("java", &["default-jre-headless"]),
     ("python3", &["python3"]),
@@ -32,7 +32,19 @@ const TEST_PROGRAMS: &[(&str, &[&str])] = &[
     ("setpriv", &["util-linux"]),
     ("script", &["bsdutils"]),
     ("pgrep", &["procps"]),
+    ("containerd", &["containerd"]),
+    ("runc", &["runc"]),
+    ("busybox", &["busybox-static"]),
+    ("objcopy", &["binutils"]),
+    ("redis-server", &["redis-server"]),
+    ("redis-benchmark", &["redis-tools"]),
+    ("nginx", &["nginx-light", "nginx"]),
+    ("ab", &["apache2-utils"]),
+    ("pg_ctlcluster", &["postgresql"]),
 ];
+/// Suites whose C library runs what this machine compiles, and is another than its own: the first that is not this
+/// machine's suite is what containers of tests are made of.
+const CONTAINER_SUITES: [&str; 2] = ["trixie", "sid"];
 
 /// Pythons that a distribution may have, the oldest first.
 const PYTHONS: &[&str] = &["3.11", "3.12", "3.13", "3.14"];
@@ -64,7 +76,8 @@ pub(crate) fn for_build(workspace: &Path) -> Outcome {
     Ok(())
 }
 
-/// What the tests need besides: compilers, runtimes to profile, Python with the OTLP types, Go's pprof, VMs.
+/// What the tests need besides: compilers, runtimes and servers to profile, Python with the OTLP types, Go's pprof, VMs,
+/// containers.
 pub(crate) fn for_tests(workspace: &Path) -> Outcome {
     let missing: Vec<&[&str]> =
         TEST_PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, packages)| *packages).collect();
@@ -99,7 +112,35 @@ pub(crate) fn for_tests(workspace: &Path) -> Outcome {
     if let Err(missing) = unpack_python(&workspace.join("target/distribution")) {
         eprintln!("xtask: no stripped Python with its debug files, tests skip it: {missing}");
     }
-    Ok(())
+    container_root(workspace)
+}
+
+/// The C library of another suite, in a folder that containers of tests have as their root.
+fn container_root(workspace: &Path) -> Outcome {
+    let folder = workspace.join("target/container");
+    let root = folder.join("root");
+    if root.is_dir() {
+        return Ok(());
+    }
+    if let Err(obstacle) = suite::mirror() {
+        eprintln!("xtask: SKIPPED: {obstacle}; no container is profiled");
+        return Ok(());
+    }
+    let own = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let is_own = |suite: &&str| own.lines().any(|line| line.strip_prefix("VERSION_CODENAME=") == Some(*suite));
+    let name = CONTAINER_SUITES.iter().find(|suite| !is_own(suite)).copied().unwrap_or_default();
+    let suite = Suite::open(folder.join("apt"), name)?;
+    let unpacked = folder.join("unpacked");
+    let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
+    // One that was interrupted may be there.
+    let _ = fs::remove_dir_all(&unpacked);
+    // Debian's own layout of a root; packages still have files in both places.
+    for (link, place) in [("lib", "usr/lib"), ("lib64", "usr/lib64"), ("bin", "usr/bin"), ("sbin", "usr/sbin")] {
+        fs::create_dir_all(unpacked.join(place)).map_err(failed)?;
+        symlink(place, unpacked.join(link)).map_err(failed)?;
+    }
+    suite.unpack("libc6", &unpacked)?;
+    fs::rename(&unpacked, &root).map_err(failed)
 }
 
 /// Unpacks a distribution's stripped Python with its libraries into `root`, and the debug files of the same versions into

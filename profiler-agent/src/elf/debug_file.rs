@@ -12,7 +12,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::debug;
 
 use super::{Section, read, summarize};
-use crate::profile::SplitDebug;
+use crate::{profile::SplitDebug, regular_file};
 
 /// Where this machine keeps debug files.
 const DEBUG_FILES: &str = "/usr/lib/debug";
@@ -88,7 +88,7 @@ pub(crate) fn debug_file_name(build_id: &[u8]) -> Option<String> {
 
 /// The debug file that was split off the executable with this build ID, as it says itself.
 pub(crate) fn debug_file(build_id: &[u8]) -> Option<File> {
-    let file = File::open(format!("{DEBUG_FILES}/{}", debug_file_name(build_id)?)).ok()?;
+    let file = regular_file::open(format!("{DEBUG_FILES}/{}", debug_file_name(build_id)?))?;
     (summarize(&file)?.build_id.as_deref() == Some(build_id)).then_some(file)
 }
 

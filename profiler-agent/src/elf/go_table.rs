@@ -94,6 +94,11 @@ impl GoTable {
         Some(Self { bytes, layout, text, names, depths, functions, count, place: 0 })
     }
 
+    /// Bytes of the table.
+    pub(crate) fn size(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
     /// Hashes everything that it says.
     pub(crate) fn fingerprint(&self, state: &mut impl Hasher) {
         state.write_u64(self.text);

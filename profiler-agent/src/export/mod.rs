@@ -64,6 +64,23 @@ fn wait_marker(sample: &Sample) -> Option<&'static str> {
     (sample.kind == EventKind::RunQueue).then_some("[run queue]")
 }
 
+/// Text as it is written: names come from files that anybody may have made, and a terminal would obey some of what they
+/// can hold.
+fn legible(text: &str) -> String {
+    text.replace(char::is_control, ":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a terminal would obey is replaced, and nothing else.
+    #[test]
+    fn control_characters_are_not_written() {
+        assert_eq!(legible("a;b\n\u{1b}[1mé"), "a;b::[1mé");
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod testing {
     //! A small profile for the exporters' tests.

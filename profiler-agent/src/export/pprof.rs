@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use flate2::{Compression, write::GzEncoder};
 use prost::Message;
 
-use super::{incomplete_marker, wait_marker};
+use super::{incomplete_marker, legible, wait_marker};
 use crate::label;
 use crate::profile::{Events, ExecutableId, Frame, FrameName, FrameType, Profile};
 
@@ -212,7 +212,7 @@ impl Tables {
             return index;
         }
         let index = self.strings.len() as i64;
-        self.strings.push(text.to_owned());
+        self.strings.push(legible(text));
         self.string_indices.insert(text.to_owned(), index);
         index
     }

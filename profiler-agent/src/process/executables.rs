@@ -2,12 +2,9 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{Read as _, Seek as _, SeekFrom, Write as _},
-    os::{
-        fd::AsRawFd as _,
-        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
-    },
+    os::unix::fs::MetadataExt as _,
     sync::{Arc, Mutex},
 };
 
@@ -22,6 +19,7 @@ use super::{
 use crate::{
     elf::{self, ElfSummary},
     profile::{Executable, ExecutableId, SplitDebug},
+    regular_file,
 };
 
 /// Most files kept open. Further ones are known by name only, and opened when there is room.
@@ -227,32 +225,14 @@ impl Executables {
 fn open(tgid: u32, line: &MapsLine) -> Option<File> {
     let link = format!("/proc/{tgid}/map_files/{:x}-{:x}", line.start, line.end);
     let by_path = || {
-        let file = open_regular(&format!("/proc/{tgid}/root{}", line.path))?;
+        let file = regular_file::open(format!("/proc/{tgid}/root{}", line.path))?;
         (file.metadata().ok()?.ino() == line.inode).then_some(file)
     };
-    let file = open_regular(&link).or_else(by_path);
+    let file = regular_file::open(link).or_else(by_path);
     if file.is_none() {
         debug!("{} cannot be opened; its frames stay unnamed", line.path);
     }
     file
-}
-
-/// Opens a regular file and nothing else: opening a pipe may block, opening a device may do anything. The path
-/// is looked up once, without opening what it names, so that it cannot become something else in between.
-fn open_regular(path: &str) -> Option<File> {
-    reopen_regular(&OpenOptions::new().read(true).custom_flags(nix::libc::O_PATH).open(path).ok()?)
-}
-
-/// Opens a place for reading, where it is a regular file.
-pub(super) fn reopen_regular(place: &File) -> Option<File> {
-    if !place.metadata().ok()?.is_file() {
-        return None;
-    }
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(nix::libc::O_NONBLOCK)
-        .open(format!("/proc/self/fd/{}", place.as_raw_fd()))
-        .ok()
 }
 
 fn copy_own_vdso() -> Option<File> {

@@ -10,8 +10,8 @@ use nix::{
     sys::stat::Mode,
 };
 
-use super::{executables::reopen_regular, proc_fs::MapsLine};
-use crate::{elf, profile::SplitDebug};
+use super::proc_fs::MapsLine;
+use crate::{elf, profile::SplitDebug, regular_file};
 
 /// Where distributions put debug files.
 const DEBUG_FOLDER: &str = "/usr/lib/debug";
@@ -61,6 +61,6 @@ impl Root {
         let how = OpenHow::new()
             .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        reopen_regular(&File::from(openat2(&self.0, path, how).ok()?))
+        regular_file::reopen(&File::from(openat2(&self.0, path, how).ok()?))
     }
 }

@@ -97,6 +97,12 @@ pub(super) fn render(stats: &Stats) -> String {
     page.counter("symbols_shared", "Files that were equal to one that had been read.", symbolize.symbols_shared);
     page.counter("symbols_overdue", "Files whose symbols took too long to read.", symbolize.symbols_overdue);
     page.gauge("symbols_pending", "Files whose symbols are being read.", symbolize.symbols_pending);
+    page.counter(
+        "symbols_read_again",
+        "Times the symbols of a file were read that had been dropped to keep the budget.",
+        symbolize.symbols_read_again,
+    );
+    page.sample("naming_seconds_total", "Time spent on naming frames.", "counter", symbolize.time.as_secs_f64());
     page.counter("symbols_evicted", "Files whose symbols were dropped to keep the budget.", symbolize.symbols_evicted);
     debuginfod(&mut page, &symbolize.debuginfod);
     page.counter("frame_cache_evictions", "Times half of the frame cache was dropped.", symbolize.cache_evictions);

@@ -15,6 +15,7 @@ mod symbols;
 
 use std::{
     collections::{BTreeSet, HashMap},
+    fmt,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -46,6 +47,8 @@ pub struct SymbolizeStats {
     pub symbol_bytes: usize,
     /// Files whose symbols were read.
     pub symbols_read: u64,
+    /// Of those, the ones that had been read before and were dropped since.
+    pub symbols_read_again: u64,
     /// Files that were equal to one that had been read.
     pub symbols_shared: u64,
     /// Files whose symbols were dropped to keep the budget.
@@ -56,6 +59,8 @@ pub struct SymbolizeStats {
     pub symbols_pending: usize,
     /// What became of debug files that this machine does not have.
     pub debuginfod: DebuginfodStats,
+    /// How long naming took, with what was waited for.
+    pub time: Duration,
     /// Bytes the frame cache holds, estimated.
     pub cache_bytes: usize,
     /// Times half of the frame cache was dropped to keep its budget.
@@ -64,6 +69,23 @@ pub struct SymbolizeStats {
 
 /// Places to name, by the file they are in.
 type Places = HashMap<ExecutableId, (Arc<Executable>, BTreeSet<FileOffset>)>;
+impl fmt::Display for SymbolizeStats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} frames named in {:.3} s", self.frames_named, self.time.as_secs_f64())?;
+        for source in SymbolSource::ALL {
+            write!(f, ", {} by {}", self.by_source[source as usize], source.label())?;
+        }
+        write!(f, "; {} unnamed", self.frames_unnamed)?;
+        for reason in Nameless::ALL {
+            write!(f, ", {} {}", self.by_reason[reason as usize], reason.label())?;
+        }
+        write!(
+            f,
+            "; symbols of {} files read, {} of them again; {} bytes of symbols, {} of frames",
+            self.symbols_read, self.symbols_read_again, self.symbol_bytes, self.cache_bytes
+        )
+    }
+}
 
 /// Names frames and remembers them.
 pub struct FrameNamer {
@@ -106,9 +128,13 @@ impl FrameNamer {
     /// Names every frame of the samples. The result has one vector of frames per sample, leaf first. Files that have not
     /// been read by the end of `patience` are read on; their frames are pending.
     pub fn name(&mut self, samples: &[LocatedSample], patience: Duration) -> Vec<Vec<Arc<Frame>>> {
+        let begun = Instant::now();
         self.forget_stale();
         self.resolve_missing(samples, patience);
-        samples.iter().map(|sample| sample.locations.iter().map(|location| self.frame(location)).collect()).collect()
+        let frames = |sample: &LocatedSample| sample.locations.iter().map(|location| self.frame(location)).collect();
+        let named = samples.iter().map(frames).collect();
+        self.stats.time += begun.elapsed();
+        named
     }
 
     /// Names the frames of a profile that were pending when they were asked for. Waits for their files, but not for
@@ -147,6 +173,7 @@ impl FrameNamer {
             cache_evictions: self.cache.evictions(),
             symbol_bytes: symbols.bytes,
             symbols_read: symbols.read,
+            symbols_read_again: symbols.read_again,
             symbols_shared: symbols.shared,
             symbols_evicted: symbols.evicted,
             symbols_overdue: symbols.overdue,

@@ -25,8 +25,11 @@ use crate::{
     profile::Executable,
 };
 
-/// Most bytes read of one section with frame information.
-const MAX_SECTION: u64 = 48 << 20;
+/// Most bytes read of the sections with frame information of one file, together: as many as a Go table may have. Browsers
+/// have a third of it.
+const MAX_SECTIONS: u64 = 64 << 20;
+/// Most functions of one file, whichever of its sections tell of them.
+const MAX_FUNCTIONS: usize = 1 << 20;
 /// Gaps between functions up to this many bytes are padding, which never runs.
 const MAX_PADDING: u64 = 16;
 /// Most bytes of code of one file whose rules are guessed.
@@ -94,20 +97,22 @@ impl Source {
             code = of_segments.collect();
         }
         code.sort_unstable();
+        let go = GoRules::find(&file, &sections);
+        let mut room = MAX_SECTIONS.saturating_sub(go.as_ref().map_or(0, GoRules::size));
         let mut source = Self {
             code,
             eh_frame: find(".eh_frame")
-                .and_then(|section| Some((read(&file, section)?, section.address)))
-                .or_else(|| eh_frame_by_index(&file)),
-            debug_frame: find(".debug_frame").and_then(|section| read(&file, section)),
+                .and_then(|section| Some((read(&file, section, &mut room)?, section.address)))
+                .or_else(|| eh_frame_by_index(&file, &mut room)),
+            debug_frame: find(".debug_frame").and_then(|section| read(&file, section, &mut room)),
             linkage: Vec::new(),
-            go: GoRules::find(&file, &sections),
+            go,
             entry: elf::entry(&file).unwrap_or_default(),
             text: find(".text").map_or(0, |section| section.address),
             file: Arc::clone(&file),
         };
         if source.debug_frame.is_none() {
-            source.debug_frame = executable.build_id.as_deref().and_then(separate_debug_frame);
+            source.debug_frame = executable.build_id.as_deref().and_then(|id| separate_debug_frame(id, &mut room));
         }
         let has_jumps = find(".plt.sec").is_some();
         for section in &sections {
@@ -165,7 +170,7 @@ impl Source {
         let mut add = |origin: Origin, function: Function| {
             let after = self.code.partition_point(|&(start, ..)| start <= function.start);
             let piece = after.checked_sub(1).and_then(|index| self.code.get(index));
-            if piece.is_some_and(|&(_, end, _)| function.end <= end) {
+            if piece.is_some_and(|&(_, end, _)| function.end <= end) && ranges.len() < MAX_FUNCTIONS {
                 ranges.push((function, origin));
             }
         };
@@ -313,16 +318,17 @@ fn linkage_rows(table: Function, kind: Option<Linkage>, mut row: impl FnMut(u64,
     }
 }
 
-/// Reads a section, decompressed.
-fn read(file: &File, section: &Section) -> Option<Vec<u8>> {
+/// Reads a section, decompressed, and takes its size off the room there is.
+fn read(file: &File, section: &Section, room: &mut u64) -> Option<Vec<u8>> {
     /// Bytes of the header before compressed contents: type, reserved, size, alignment (`Elf64_Chdr`).
     const COMPRESSION_HEADER: usize = 24;
     const ZLIB: [u8; 4] = [1, 0, 0, 0];
-    if section.size > MAX_SECTION {
+    if section.size > *room {
         return None;
     }
     let bytes = elf::read(file, section.offset, usize::try_from(section.size).ok()?)?;
     if !section.is_compressed {
+        *room -= section.size;
         return Some(bytes);
     }
     let (header, contents) = bytes.split_at_checked(COMPRESSION_HEADER)?;
@@ -330,12 +336,13 @@ fn read(file: &File, section: &Section) -> Option<Vec<u8>> {
         return None;
     }
     let mut decompressed = Vec::new();
-    ZlibDecoder::new(contents).take(MAX_SECTION).read_to_end(&mut decompressed).ok()?;
+    ZlibDecoder::new(contents).take(*room).read_to_end(&mut decompressed).ok()?;
+    *room -= decompressed.len() as u64;
     Some(decompressed)
 }
 
 /// `.eh_frame` of a file without section headers, found through the index that the program headers name.
-fn eh_frame_by_index(file: &File) -> Option<(Vec<u8>, u64)> {
+fn eh_frame_by_index(file: &File, room: &mut u64) -> Option<(Vec<u8>, u64)> {
     /// The index's own header: version, three encodings, pointer and count.
     const HEADER: u64 = 64;
     let index = elf::unwind_index(file)?;
@@ -345,13 +352,15 @@ fn eh_frame_by_index(file: &File) -> Option<(Vec<u8>, u64)> {
     let Pointer::Direct(address) = parsed.eh_frame_ptr() else { return None };
     // Both lie in the same loaded part.
     let offset = index.offset.wrapping_add(address.wrapping_sub(index.address));
-    let size = index.part_end.checked_sub(offset)?.min(MAX_SECTION);
-    Some((elf::read(file, offset, usize::try_from(size).ok()?)?, address))
+    let size = index.part_end.checked_sub(offset)?.min(*room);
+    let bytes = elf::read(file, offset, usize::try_from(size).ok()?)?;
+    *room -= size;
+    Some((bytes, address))
 }
 
 /// `.debug_frame` of the debug file that was split off the executable with this build ID.
-fn separate_debug_frame(build_id: &[u8]) -> Option<Vec<u8>> {
+fn separate_debug_frame(build_id: &[u8], room: &mut u64) -> Option<Vec<u8>> {
     let file = elf::debug_file(build_id)?;
     let sections = elf::sections(&file);
-    read(&file, sections.iter().find(|section| section.name == ".debug_frame")?)
+    read(&file, sections.iter().find(|section| section.name == ".debug_frame")?, room)
 }

@@ -62,6 +62,11 @@ impl GoRules {
         Self { special: find_special(&table), table, work: 0 }
     }
 
+    /// Bytes of the table.
+    pub(super) fn size(&self) -> u64 {
+        self.table.size()
+    }
+
     pub(super) fn fingerprint(&self, state: &mut impl Hasher) {
         self.table.fingerprint(state);
     }

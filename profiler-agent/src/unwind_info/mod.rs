@@ -178,6 +178,7 @@ impl<M: TableMaps> Worker<M> {
         self.store.look()?;
         self.store.prepare()?;
         let Some(executable) = wanted else { return Ok(()) };
+        self.store.begin(executable.table)?;
         let (time_before, rows_before) = (cpu_time(), self.stats.rows_built);
         let outcome = self.provide(executable);
         let time = cpu_time().saturating_sub(time_before);

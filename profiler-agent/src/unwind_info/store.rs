@@ -130,6 +130,16 @@ impl<M: TableMaps> Store<M> {
         executables.max_by_key(|&executable| self.maps.executable(executable).map_or(0, |entry| entry.missed))
     }
 
+    /// Notes that an executable's table is about to be built: samples need not ask for it again. (Its number may just have
+    /// been forgotten as another file's, and the request with it.)
+    pub(super) fn begin(&mut self, executable: u32) -> io::Result<()> {
+        let entry = self.maps.executable(executable)?;
+        if entry.state == TableState::Absent as u32 {
+            self.maps.set_executable(executable, ExecutableTable { state: TableState::Requested as u32, ..entry })?;
+        }
+        Ok(())
+    }
+
     /// Uses the table of an equal source for another executable. False: there is none.
     pub(super) fn share(&mut self, fingerprint: u64, executable: u32) -> io::Result<bool> {
         let Some(placed) = self.tables.get_mut(&fingerprint) else { return Ok(false) };
@@ -508,6 +518,18 @@ mod tests {
         let first = usize::from(page.first);
         let rows = &store.maps.chunks[&page.chunk][first..first + usize::from(page.rows)];
         rows.iter().rev().find(|row| u64::from(row.place()) <= address & 0xffff).map_or(0, |row| row.rule())
+    }
+
+    /// A number that was just forgotten as another file's is not asked for again while its table is being built.
+    #[test]
+    fn tables_that_are_being_built_are_not_asked_for() {
+        let mut store = store(2);
+        store.forget(&[1]).expect("in memory");
+        store.begin(1).expect("in memory");
+        assert_eq!(state(&store, 1), TableState::Requested as u32);
+        insert(&mut store, 1, 1000);
+        store.begin(1).expect("in memory");
+        assert_eq!(state(&store, 1), TableState::Ready as u32);
     }
 
     /// Every row is found where its address leads, in tables that share chunks and span several.

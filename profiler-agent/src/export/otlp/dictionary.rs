@@ -10,7 +10,7 @@ use opentelemetry_proto::tonic::{
 };
 
 use crate::{
-    export::pprof::hex,
+    export::{legible, pprof::hex},
     profile::{Executable, ExecutableId, Frame, FrameName, FunctionName},
 };
 
@@ -63,7 +63,7 @@ impl Dictionary {
         if let Some(&index) = self.strings.get(text) {
             return index;
         }
-        let index = push(&mut self.tables.string_table, text.to_owned());
+        let index = push(&mut self.tables.string_table, legible(text));
         self.strings.insert(text.to_owned(), index);
         index
     }
@@ -74,7 +74,7 @@ impl Dictionary {
             return index;
         }
         let wire = match &value {
-            AttributeValue::Text(text) => Value::StringValue(text.clone()),
+            AttributeValue::Text(text) => Value::StringValue(legible(text)),
             AttributeValue::Number(number) => Value::IntValue(*number),
         };
         let entry = KeyValueAndUnit { key_strindex, value: Some(AnyValue { value: Some(wire) }), unit_strindex: 0 };

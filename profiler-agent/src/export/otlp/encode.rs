@@ -14,6 +14,7 @@ use prost::Message as _;
 
 use super::dictionary::{AttributeValue, Dictionary};
 use crate::{
+    export::legible,
     label,
     profile::{Profile, Sample, Tally},
 };
@@ -78,7 +79,7 @@ pub(super) fn request(profile: &Profile, samples: &[Sample]) -> ExportProfilesSe
 fn resource(service: &str) -> Resource {
     let attribute = |(key, value): (&str, &str)| KeyValue {
         key: key.to_owned(),
-        value: Some(AnyValue { value: Some(Value::StringValue(value.to_owned())) }),
+        value: Some(AnyValue { value: Some(Value::StringValue(legible(value))) }),
         ..KeyValue::default()
     };
     Resource { attributes: label::attributes(service).map(attribute).into(), ..Resource::default() }

@@ -21,6 +21,8 @@ use crate::{
 /// How long a file may take. Real ones take milliseconds; the largest, from a cold disk, some seconds.
 const TIME_LIMIT: Duration = Duration::from_secs(15);
 
+/// Most files that are remembered as evicted.
+const MAX_EVICTED: usize = 4096;
 /// How often it is checked, while waiting, which files take too long.
 const WAIT: Duration = Duration::from_millis(200);
 
@@ -65,8 +67,10 @@ struct Entry {
 pub(in crate::symbolize) struct StoreStats {
     /// Bytes that symbols take.
     pub(in crate::symbolize) bytes: usize,
-    /// Files read.
+    /// Files read, however often.
     pub(in crate::symbolize) read: u64,
+    /// Of those, the ones that had been let go to keep the budget.
+    pub(in crate::symbolize) read_again: u64,
     /// Files that were equal to one that had been read.
     pub(in crate::symbolize) shared: u64,
     /// Files whose symbols were let go to keep the budget.
@@ -84,6 +88,8 @@ pub(in crate::symbolize) struct SymbolStore {
     /// Who is asked for debug files that this machine does not have.
     servers: Option<Arc<Debuginfod>>,
     budget: usize,
+    /// Files that were let go to keep the budget, to tell which are read again.
+    evicted: HashSet<ExecutableId>,
     /// Counts requests, to tell which file was used last.
     clock: u64,
     stats: StoreStats,
@@ -96,6 +102,7 @@ impl SymbolStore {
             workers: Workers::new(read, TIME_LIMIT),
             servers,
             budget,
+            evicted: HashSet::new(),
             clock: 0,
             stats: StoreStats::default(),
         }
@@ -248,6 +255,7 @@ impl SymbolStore {
                     self.stats.shared += 1;
                 } else {
                     self.stats.read += 1;
+                    self.stats.read_again += u64::from(self.evicted.remove(&id));
                     while self.stats.bytes + symbols.bytes() > self.budget && self.evict_oldest() {}
                     self.stats.bytes += symbols.bytes();
                 }
@@ -277,6 +285,10 @@ impl SymbolStore {
         let Some((&id, _)) = read.min_by_key(|(_, entry)| entry.used) else { return false };
         self.forget(id);
         self.stats.evicted += 1;
+        if self.evicted.len() >= MAX_EVICTED {
+            self.evicted.clear();
+        }
+        self.evicted.insert(id);
         true
     }
 
