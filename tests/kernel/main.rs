@@ -6,6 +6,7 @@ mod budget;
 mod daemon;
 mod naming;
 mod recording;
+mod runtime_code;
 mod stacks;
 mod unwinding;
 mod waits;

@@ -23,6 +23,7 @@ const TEST_PROGRAMS: &[(&str, &[&str])] = &[
     ("busybox", &["busybox-static"]),
     ("node", &["nodejs"]),
     ("java", &["default-jre-headless"]),
+    ("jcmd", &["default-jdk-headless"]),
     ("python3", &["python3"]),
     ("go", &["golang-go"]),
     ("perf", &["linux-perf", "linux-tools-generic"]),

@@ -213,7 +213,7 @@ impl Executables {
 /// Opens the file behind a mapping. The kernel's link to it is exact even when its path was deleted,
 /// replaced or is in another mount namespace; the path inside the process's root is the fallback where that
 /// link needs more privileges than we have.
-fn open(tgid: u32, line: &MapsLine) -> Option<File> {
+pub(super) fn open(tgid: u32, line: &MapsLine) -> Option<File> {
     let link = format!("/proc/{tgid}/map_files/{:x}-{:x}", line.start, line.end);
     let by_path = || {
         let file = open_regular(&format!("/proc/{tgid}/root{}", line.path))?;
@@ -229,7 +229,11 @@ fn open(tgid: u32, line: &MapsLine) -> Option<File> {
 /// Opens a regular file and nothing else: opening a pipe may block, opening a device may do anything. The path
 /// is looked up once, without opening what it names, so that it cannot become something else in between.
 fn open_regular(path: &str) -> Option<File> {
-    let place = OpenOptions::new().read(true).custom_flags(nix::libc::O_PATH).open(path).ok()?;
+    open_place(&OpenOptions::new().read(true).custom_flags(nix::libc::O_PATH).open(path).ok()?)
+}
+
+/// The second half of that: opens what was looked up.
+pub(super) fn open_place(place: &File) -> Option<File> {
     if !place.metadata().ok()?.is_file() {
         return None;
     }

@@ -10,6 +10,7 @@ pub(crate) mod fuzzing;
 mod mappings;
 mod proc_fs;
 mod published;
+mod runtime_code;
 mod table;
 
 pub use self::{

@@ -12,6 +12,8 @@ use super::Executable;
 pub enum FrameType {
     /// Machine code in user mode.
     Native,
+    /// Machine code that its process made at run time, from whatever language.
+    Runtime,
     /// Kernel code.
     Kernel,
 }
@@ -20,7 +22,9 @@ impl FrameType {
     /// The attribute's value.
     pub const fn label(self) -> &'static str {
         match self {
-            Self::Native => "native",
+            // The conventions know languages and machine code. A map of names does not tell the language, nor does the
+            // process: many have several compilers in them.
+            Self::Native | Self::Runtime => "native",
             Self::Kernel => "kernel",
         }
     }
@@ -48,7 +52,7 @@ impl From<&str> for FunctionName {
     }
 }
 
-/// Why the file has no name for a place.
+/// Why a place has no name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nameless {
     /// The file could not be read, or is none that is understood.
@@ -57,11 +61,16 @@ pub enum Nameless {
     NoSymbols,
     /// None of the functions it tells about holds the place.
     NotCovered,
+    /// Code made at run time, by a process that names none of it.
+    NoCodeMap,
+    /// Code made at run time that its process does not name, or not yet.
+    NotInCodeMap,
 }
 
 impl Nameless {
     /// Every reason.
-    pub const ALL: [Self; 3] = [Self::Unreadable, Self::NoSymbols, Self::NotCovered];
+    pub const ALL: [Self; 5] =
+        [Self::Unreadable, Self::NoSymbols, Self::NotCovered, Self::NoCodeMap, Self::NotInCodeMap];
 
     /// Its name for people, metrics and attributes.
     pub const fn label(self) -> &'static str {
@@ -69,6 +78,8 @@ impl Nameless {
             Self::Unreadable => "file unreadable",
             Self::NoSymbols => "no symbols",
             Self::NotCovered => "not covered by symbols",
+            Self::NoCodeMap => "no perf map or jitdump",
+            Self::NotInCodeMap => "not in perf map or jitdump",
         }
     }
 }
@@ -78,10 +89,8 @@ impl Nameless {
 pub enum FrameName {
     /// The function's name.
     Function(FunctionName),
-    /// The file has no symbol for the place: its own name and the address stand in.
+    /// Nothing names the place: where it is in a file, the file's name and the address stand in.
     Unnamed(Nameless),
-    /// Code made at run time, with nothing to name it by.
-    Anonymous,
     /// Memory that no mapping was known for.
     Unmapped,
 }
@@ -107,12 +116,12 @@ impl Frame {
             (FrameName::Unnamed(_), Some(executable)) => {
                 format!("{}+{:#x}", printable(executable.name()), self.address)
             }
+            (FrameName::Unnamed(_), None) if self.frame_type == FrameType::Runtime => "[anonymous code]".to_owned(),
             (FrameName::Unnamed(_), None) => "[unnamed]".to_owned(),
-            (FrameName::Anonymous, _) => "[anonymous code]".to_owned(),
             (FrameName::Unmapped, _) => "[unmapped]".to_owned(),
         };
         match self.frame_type {
-            FrameType::Native => name,
+            FrameType::Native | FrameType::Runtime => name,
             FrameType::Kernel => name + "_[k]",
         }
     }
@@ -125,11 +134,15 @@ pub fn printable(name: &str) -> String {
         .collect()
 }
 
-/// Frames are the same when they run the same place of the same code.
+/// Frames are the same when they run the same place of the same code. Where code is made at run time, there may be other
+/// code at the same place later: what it is called tells it apart.
 impl PartialEq for Frame {
     fn eq(&self, other: &Self) -> bool {
         let id = |frame: &Self| frame.executable.as_ref().map(|executable| executable.id);
-        self.address == other.address && self.frame_type == other.frame_type && id(self) == id(other)
+        self.address == other.address
+            && self.frame_type == other.frame_type
+            && id(self) == id(other)
+            && (self.frame_type != FrameType::Runtime || self.name == other.name)
     }
 }
 

@@ -7,6 +7,7 @@ mod executable;
 mod frame;
 mod located;
 mod raw;
+mod runtime_code;
 mod sample;
 
 pub use self::{
@@ -16,5 +17,6 @@ pub use self::{
     frame::{Frame, FrameName, FrameType, FunctionName, Nameless, printable},
     located::{LocatedSample, Location, ProcessInfo},
     raw::{DecodeError, RawSample, WaitDue, Waited},
+    runtime_code::{RuntimeCode, RuntimeFile, RuntimeFileKind},
     sample::{Profile, Sample},
 };

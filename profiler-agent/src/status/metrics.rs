@@ -75,20 +75,31 @@ pub(super) fn render(stats: &Stats) -> String {
     page.counter("frames_named", "Distinct frames named.", symbolize.frames_named);
     page.labelled(
         "frames_named_by_source",
-        "Distinct frames of code in files, by where their name was found.",
+        "Distinct frames of user code, by where their name was found.",
         SymbolSource::ALL
             .map(|source| (format!("source=\"{}\"", source.label()), symbolize.by_source[source as usize].to_string())),
     );
     page.counter("frames_unnamed", "Distinct frames for which no name was found.", symbolize.frames_unnamed);
     page.labelled(
         "frames_unnamed_by_reason",
-        "Distinct frames of code in files for which no name was found, by reason.",
+        "Distinct frames of user code for which no name was found, by reason.",
         Nameless::ALL
             .map(|reason| (format!("reason=\"{}\"", reason.label()), symbolize.by_reason[reason as usize].to_string())),
     );
     page.gauge("symbol_bytes", "Bytes that symbols of files take.", symbolize.symbol_bytes);
     page.counter("symbols_read", "Times the symbols of a file were read.", symbolize.symbols_read);
     page.counter("symbols_evicted", "Files whose symbols were dropped to keep the budget.", symbolize.symbols_evicted);
+    page.gauge("runtime_code_bytes", "Bytes that names of code made at run time take.", symbolize.runtime_code.bytes);
+    page.counter(
+        "runtime_code_restarted",
+        "Perf maps and jitdumps that were written anew, and read again.",
+        symbolize.runtime_code.restarted,
+    );
+    page.counter(
+        "runtime_code_evicted",
+        "Perf maps and jitdumps of which what was read was dropped to keep the budget.",
+        symbolize.runtime_code.evicted,
+    );
     page.counter("frame_cache_evictions", "Times half of the frame cache was dropped.", symbolize.cache_evictions);
     page.gauge("frame_cache_bytes", "Estimated bytes of named frames kept.", symbolize.cache_bytes);
 
@@ -124,6 +135,7 @@ pub(super) fn render(stats: &Stats) -> String {
     page.counter("mappings_refused", "Times a process's mappings found no room in the kernel's map.", mappings_refused);
     page.gauge("processes", "Program images remembered.", table.processes);
     page.gauge("executables", "Executable files known.", table.executables);
+    page.gauge("runtime_files", "Perf maps and jitdumps that are open.", table.runtime_files);
 
     page.gauge("cpus_sampled", "CPUs the sampling clock runs on.", stats.cpus());
     page.gauge("up", "1 while sampling is under way.", u8::from(stats.is_ready()));

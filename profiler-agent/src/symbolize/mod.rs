@@ -8,6 +8,7 @@ mod cache;
 mod demangle;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
+mod runtime_code;
 mod symbols;
 
 use std::{
@@ -24,12 +25,15 @@ use blazesym::{
 };
 use tracing::debug;
 
-pub use self::symbols::SymbolSource;
 use self::{
     cache::{FrameCache, FrameKey},
+    runtime_code::RuntimeNames,
     symbols::SymbolStore,
 };
-use crate::profile::{Executable, FileOffset, Frame, FrameName, FrameType, LocatedSample, Location, Nameless};
+pub use self::{runtime_code::RuntimeCodeStats, symbols::SymbolSource};
+use crate::profile::{
+    Executable, FileOffset, Frame, FrameName, FrameType, LocatedSample, Location, Nameless, RuntimeCode,
+};
 
 /// Names of loaded kernel modules and their addresses: kernel symbols are read again when it changes.
 const MODULES: &str = "/proc/modules";
@@ -39,11 +43,11 @@ const MODULES: &str = "/proc/modules";
 pub struct SymbolizeStats {
     /// Frames named for the first time.
     pub frames_named: u64,
-    /// The same by source, for code in files.
+    /// The same by source, for user code.
     pub by_source: [u64; SymbolSource::ALL.len()],
     /// Frames for which no name was found.
     pub frames_unnamed: u64,
-    /// The same by reason, for code in files.
+    /// The same by reason, for user code.
     pub by_reason: [u64; Nameless::ALL.len()],
     /// Bytes that symbols of files take.
     pub symbol_bytes: usize,
@@ -51,6 +55,8 @@ pub struct SymbolizeStats {
     pub symbols_read: u64,
     /// See [`Self::symbols_read`].
     pub symbols_evicted: u64,
+    /// What processes say about code that they make.
+    pub runtime_code: RuntimeCodeStats,
     /// Bytes the frame cache holds, estimated.
     pub cache_bytes: usize,
     /// Times half of the frame cache was dropped to keep its budget.
@@ -62,18 +68,21 @@ pub struct FrameNamer {
     symbolizer: Symbolizer,
     cache: FrameCache,
     symbols: SymbolStore,
+    runtime: RuntimeNames,
     /// What [`MODULES`] said when kernel symbols were read.
     modules: Vec<u8>,
     stats: SymbolizeStats,
 }
 
 impl FrameNamer {
-    /// A namer whose frames and symbols take about `budget` bytes, half of them each.
+    /// A namer whose frames, symbols and names of code made at run time take about `budget` bytes: three, four and one
+    /// eighth of it.
     pub fn new(budget: usize) -> Self {
         Self {
             symbolizer: kernel_symbolizer(),
-            cache: FrameCache::new(budget / 2),
+            cache: FrameCache::new(budget / 8 * 3),
             symbols: SymbolStore::new(budget / 2),
+            runtime: RuntimeNames::new(budget / 8),
             modules: std::fs::read(MODULES).unwrap_or_default(),
             stats: SymbolizeStats::default(),
         }
@@ -82,6 +91,7 @@ impl FrameNamer {
     /// Names every frame of the samples. The result has one vector of frames per sample, leaf first.
     pub fn name(&mut self, samples: &[LocatedSample]) -> Vec<Vec<Arc<Frame>>> {
         self.forget_stale();
+        self.runtime.refresh(samples);
         self.resolve_missing(samples);
         samples.iter().map(|sample| sample.locations.iter().map(|location| self.frame(location)).collect()).collect()
     }
@@ -95,6 +105,7 @@ impl FrameNamer {
             symbol_bytes,
             symbols_read,
             symbols_evicted,
+            runtime_code: self.runtime.stats(),
             ..self.stats
         }
     }
@@ -115,7 +126,7 @@ impl FrameNamer {
                     let entry = files.entry(executable.id).or_insert_with(|| (Arc::clone(executable), BTreeSet::new()));
                     entry.1.insert(offset.0);
                 }
-                Location::Anonymous(_) | Location::Unmapped(_) => {}
+                Location::Anonymous { .. } | Location::Unmapped(_) => {}
             }
         }
         if !kernel.is_empty() {
@@ -164,12 +175,14 @@ impl FrameNamer {
         }
     }
 
-    fn add(&mut self, key: FrameKey, frame: Frame) {
+    fn add(&mut self, key: FrameKey, frame: Frame) -> Arc<Frame> {
         match frame.name {
             FrameName::Function(_) => self.stats.frames_named += 1,
             _ => self.stats.frames_unnamed += 1,
         }
-        self.cache.insert(key, Arc::new(frame));
+        let frame = Arc::new(frame);
+        self.cache.insert(key, Arc::clone(&frame));
+        frame
     }
 
     fn frame(&mut self, location: &Location) -> Arc<Frame> {
@@ -178,7 +191,7 @@ impl FrameNamer {
             return frame;
         }
         let (name, address, executable) = match location {
-            Location::Anonymous(address) => (FrameName::Anonymous, *address, None),
+            Location::Anonymous { code, address } => return self.runtime_frame(key, code, *address),
             Location::Unmapped(address) => (FrameName::Unmapped, *address, None),
             // Evicted between look-up and use: a batch larger than the cache.
             Location::Kernel(address) => {
@@ -197,6 +210,21 @@ impl FrameNamer {
         let frame = Arc::new(Frame { frame_type: FrameType::Native, name, executable, address });
         self.cache.insert(key, Arc::clone(&frame));
         frame
+    }
+
+    fn runtime_frame(&mut self, key: FrameKey, code: &RuntimeCode, address: u64) -> Arc<Frame> {
+        let name = match self.runtime.name(code, address) {
+            Ok((name, source)) => {
+                self.stats.by_source[source as usize] += 1;
+                FrameName::Function(demangle::function(name))
+            }
+            Err(reason) => {
+                self.stats.by_reason[reason as usize] += 1;
+                FrameName::Unnamed(reason)
+            }
+        };
+        let frame = Frame { frame_type: FrameType::Runtime, name, executable: None, address };
+        self.add(key, frame)
     }
 
     /// Lets go of files that were closed, and of kernel symbols when modules came or went.

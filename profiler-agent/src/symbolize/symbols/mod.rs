@@ -31,12 +31,23 @@ pub enum SymbolSource {
     DynamicSymbols,
     /// The table of Go's runtime.
     GoTable,
+    /// The perf map of the process that made the code.
+    PerfMap,
+    /// Its jitdump.
+    Jitdump,
 }
 
 impl SymbolSource {
     /// Every source, in the order of their numbers.
-    pub const ALL: [Self; 5] =
-        [Self::SymbolTable, Self::DebugFile, Self::MiniDebugInfo, Self::DynamicSymbols, Self::GoTable];
+    pub const ALL: [Self; 7] = [
+        Self::SymbolTable,
+        Self::DebugFile,
+        Self::MiniDebugInfo,
+        Self::DynamicSymbols,
+        Self::GoTable,
+        Self::PerfMap,
+        Self::Jitdump,
+    ];
 
     /// Its name for people and metrics.
     pub const fn label(self) -> &'static str {
@@ -46,6 +57,8 @@ impl SymbolSource {
             Self::MiniDebugInfo => "MiniDebugInfo",
             Self::DynamicSymbols => "dynamic symbols",
             Self::GoTable => "Go table",
+            Self::PerfMap => "perf map",
+            Self::Jitdump => "jitdump",
         }
     }
 }
