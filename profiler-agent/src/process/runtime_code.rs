@@ -112,6 +112,12 @@ pub(super) fn is_jitdump(line: &MapsLine) -> bool {
     line.inode != 0 && number.is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
 }
 
+/// Whether a mapping is memory in spite of its inode: what is shared between two mappings of it (.NET writes code in one
+/// and runs it in the other) or with children (PHP's compiler).
+pub(super) fn is_memory(line: &MapsLine) -> bool {
+    line.path.starts_with("/memfd:doublemapper") || line.path == "/dev/zero"
+}
+
 /// Opens `/tmp/perf-PID.map` of a process, where it is another file than `known`.
 fn open_perf_map(key: ProcessKey, known: Option<(u64, u64)>) -> Option<(File, (u64, u64))> {
     let status = fs::read(format!("/proc/{}/status", key.tgid)).ok()?;
@@ -242,6 +248,18 @@ mod tests {
         let start = since_boot.as_nanos() as u64;
         assert!(!is_older(today, start) && is_older(today - 10, start));
         assert!(!is_older(today - 10, start.saturating_sub(20_000_000_000)) && is_older(i64::MIN, start));
+    }
+
+    #[test]
+    fn knows_memory_by_name() {
+        let check = |path: &str, expect| {
+            let line = MapsLine { start: 0, end: 1, file_offset: 0, device: 1, inode: 5, path: path.to_owned() };
+            assert_eq!(is_memory(&line), expect, "{path}");
+        };
+        check("/memfd:doublemapper", true);
+        check("/dev/zero", true);
+        check("/memfd:runc_cloned:/proc/self/exe", false);
+        check("/usr/lib/libzero.so", false);
     }
 
     /// perf's convention: a file of this name is mapped executable.

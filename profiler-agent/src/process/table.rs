@@ -18,7 +18,7 @@ use super::{
     mappings::{Backing, Mapping, Mappings},
     proc_fs::{executable_maps, is_running},
     published::Change,
-    runtime_code::{FollowedCode, RuntimeFiles, is_jitdump},
+    runtime_code::{FollowedCode, RuntimeFiles, is_jitdump, is_memory},
 };
 use crate::profile::{CodeAddress, Executable, LocatedSample, Location, ProcessInfo, RawSample, RuntimeCode};
 
@@ -409,10 +409,9 @@ impl ProcessTable {
                 }
                 continue;
             }
-            let backing = match self.executables.of_mapping(key.tgid, line, self.generation) {
-                Some(file) => Backing::File(file),
-                None => Backing::Anonymous,
-            };
+            let mut of_line = || self.executables.of_mapping(key.tgid, line, self.generation);
+            let file = if is_memory(line) { None } else { of_line() };
+            let backing = file.map_or(Backing::Anonymous, Backing::File);
             mappings.insert(Mapping { start: line.start, end: line.end, file_offset: line.file_offset, backing });
         }
         let executable = executable_name(key.tgid);

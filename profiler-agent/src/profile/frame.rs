@@ -155,3 +155,25 @@ impl Hash for Frame {
         self.executable.as_ref().map(|executable| executable.id).hash(state);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Code that is made at run time may have been something else at the same address before.
+    #[test]
+    fn code_made_at_run_time_is_told_apart_by_name() {
+        let frame = |frame_type, name: &str| Frame {
+            frame_type,
+            name: FrameName::Function(name.into()),
+            executable: None,
+            address: 0x1000,
+        };
+        let nameless = |reason| Frame { name: FrameName::Unnamed(reason), ..frame(FrameType::Runtime, "") };
+        assert_ne!(frame(FrameType::Runtime, "before"), frame(FrameType::Runtime, "after"));
+        assert_eq!(frame(FrameType::Runtime, "same"), frame(FrameType::Runtime, "same"));
+        assert_eq!(frame(FrameType::Kernel, "alias"), frame(FrameType::Kernel, "other alias"));
+        assert_ne!(nameless(Nameless::NoCodeMap), nameless(Nameless::NotInCodeMap));
+        assert_eq!(nameless(Nameless::NoCodeMap).display_name(), "[anonymous code]");
+    }
+}

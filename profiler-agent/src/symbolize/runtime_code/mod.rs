@@ -228,7 +228,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::profile::ProcessInfo;
+    use crate::{profile::ProcessInfo, symbolize::FrameNamer};
 
     pub(super) fn file(contents: &[u8]) -> File {
         let file = File::from(memfd_create(c"names", MFdFlags::MFD_CLOEXEC).expect("a file"));
@@ -274,6 +274,27 @@ mod tests {
         names.refresh(&sample(&[&one, &two]));
         assert!(one.version() != versions.0 && two.version() == versions.1);
         assert_eq!(name(&names, &one, 0x100).as_deref(), Ok("three"));
+    }
+
+    /// The same through the cache of frames: a name does not outlive what is at its address, nor does the lack of one.
+    #[test]
+    fn cached_frames_follow_the_files() {
+        let (one, two) = (code("0 10 one\n"), code("500 10 later\n"));
+        let mut namer = FrameNamer::new(1 << 20);
+        let mut shown = || -> Vec<String> {
+            let frames = namer.name(&sample(&[&one, &two])).remove(0);
+            frames.iter().map(|frame| frame.display_name()).collect()
+        };
+        assert_eq!(shown(), ["one", "[anonymous code]"]);
+        one.files()[0].file.write_all_at(b"0 8 other\n", 9).expect("room");
+        two.files()[0].file.write_all_at(b"0 10 two\n", 13).expect("room");
+        assert_eq!(shown(), ["other", "two"]);
+        one.files()[0].file.set_len(0).expect("it can be cut");
+        assert_eq!(shown(), ["[anonymous code]", "two"]);
+        let stats = namer.stats();
+        assert_eq!(stats.by_source[SymbolSource::PerfMap as usize], 3);
+        assert_eq!(stats.by_reason[Nameless::NotInCodeMap as usize], 2);
+        assert_eq!((stats.runtime_code.restarted, stats.frames_unnamed), (1, 2));
     }
 
     /// A child knows what its parent knew, and sees what changes even if the parent's samples came first.
