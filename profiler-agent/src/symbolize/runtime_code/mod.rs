@@ -53,9 +53,10 @@ impl Stamp {
     }
 }
 
-/// A name as text; `None` where there is none.
+/// A name as text without control characters; `None` where there is none.
 fn text(name: &[u8]) -> Option<String> {
-    let mut name = String::from_utf8_lossy(name).into_owned();
+    let plain = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
+    let mut name: String = String::from_utf8_lossy(name).chars().map(plain).collect();
     name.truncate(name.floor_char_boundary(MAX_NAME));
     (!name.is_empty()).then_some(name)
 }
@@ -135,17 +136,16 @@ impl RuntimeNames {
 
     /// Reads what was added to the files of code that samples lie in, and gives that code a new version where something
     /// has changed.
-    pub(super) fn refresh(&mut self, samples: &[LocatedSample]) {
+    pub(super) fn refresh<'a>(&mut self, samples: &'a [LocatedSample]) {
         self.batch += 1;
         self.files.retain(|_, held| held.file.strong_count() > 0);
-        let codes: BTreeMap<u64, &Arc<RuntimeCode>> = samples
-            .iter()
-            .flat_map(|sample| &sample.locations)
-            .filter_map(|location| match location {
-                Location::Anonymous { code, .. } => Some((code.id, code)),
-                _ => None,
-            })
-            .collect();
+        let code_of = |location: &'a Location| match location {
+            Location::Anonymous { code, .. } => Some((code.id, code)),
+            _ => None,
+        };
+        // (A sample is of one process.)
+        let codes: BTreeMap<u64, &Arc<RuntimeCode>> =
+            samples.iter().filter_map(|sample| sample.locations.iter().find_map(code_of)).collect();
         let mut files: Vec<Arc<RuntimeFile>> = codes.values().flat_map(|code| code.files()).collect();
         // What was read longest ago comes first, so that nothing waits for ever where there is too much to read.
         files.sort_by_key(|file| (self.files.get(&file.id).map_or(0, |held| held.used), file.id));
@@ -242,17 +242,18 @@ mod tests {
         Arc::new(code)
     }
 
-    fn sample(codes: &[&Arc<RuntimeCode>]) -> [LocatedSample; 1] {
-        let locations = codes.iter().map(|&code| Location::Anonymous { code: Arc::clone(code), address: 0 });
-        [LocatedSample {
+    /// A sample of each code.
+    fn samples(codes: &[&Arc<RuntimeCode>]) -> Vec<LocatedSample> {
+        let sample = |code: &Arc<RuntimeCode>| LocatedSample {
             process: Arc::new(ProcessInfo { key: ProcessKey::default(), name: String::new() }),
             thread_name: "".into(),
             kind: EventKind::OnCpu,
             end: StackEnd::Root,
-            locations: locations.collect(),
+            locations: vec![Location::Anonymous { code: Arc::clone(code), address: 0 }],
             count: 1,
             time_ns: 0,
-        }]
+        };
+        codes.iter().map(|code| sample(code)).collect()
     }
 
     /// Two processes' code at one address has two names; the version of a code changes with what is said of it, and with
@@ -261,17 +262,17 @@ mod tests {
     fn names_belong_to_processes() {
         let (one, two, none) = (code("100 10 one\n"), code("100 10 two\n"), RuntimeCode::new(ProcessKey::default()));
         let mut names = RuntimeNames::new(1 << 20);
-        names.refresh(&sample(&[&one, &two]));
+        names.refresh(&samples(&[&one, &two]));
         let name = |names: &RuntimeNames, code: &RuntimeCode, address| names.name(code, address).map(|(name, _)| name);
         assert_eq!(name(&names, &one, 0x100).as_deref(), Ok("one"));
         assert_eq!(name(&names, &two, 0x100).as_deref(), Ok("two"));
         assert_eq!(name(&names, &two, 0x110), Err(Nameless::NotInCodeMap));
         assert_eq!(name(&names, &none, 0x100), Err(Nameless::NoCodeMap));
         let versions = (one.version(), two.version());
-        names.refresh(&sample(&[&one, &two]));
+        names.refresh(&samples(&[&one, &two]));
         assert_eq!((one.version(), two.version()), versions);
         one.files()[0].file.write_all_at(b"100 10 three\n", 11).expect("room");
-        names.refresh(&sample(&[&one, &two]));
+        names.refresh(&samples(&[&one, &two]));
         assert!(one.version() != versions.0 && two.version() == versions.1);
         assert_eq!(name(&names, &one, 0x100).as_deref(), Ok("three"));
     }
@@ -282,8 +283,8 @@ mod tests {
         let (one, two) = (code("0 10 one\n"), code("500 10 later\n"));
         let mut namer = FrameNamer::new(1 << 20);
         let mut shown = || -> Vec<String> {
-            let frames = namer.name(&sample(&[&one, &two])).remove(0);
-            frames.iter().map(|frame| frame.display_name()).collect()
+            let frames = namer.name(&samples(&[&one, &two]));
+            frames.iter().flatten().map(|frame| frame.display_name()).collect()
         };
         assert_eq!(shown(), ["one", "[anonymous code]"]);
         one.files()[0].file.write_all_at(b"0 8 other\n", 9).expect("room");
@@ -303,11 +304,11 @@ mod tests {
         let parent = code("100 10 one\n");
         let child = Arc::new(parent.of_child(ProcessKey { tgid: 1, ..ProcessKey::default() }));
         let mut names = RuntimeNames::new(1 << 20);
-        names.refresh(&sample(&[&parent, &child]));
+        names.refresh(&samples(&[&parent, &child]));
         let version = child.version();
         parent.files()[0].file.write_all_at(b"100 10 two\n", 11).expect("room");
-        names.refresh(&sample(&[&parent]));
-        names.refresh(&sample(&[&child]));
+        names.refresh(&samples(&[&parent]));
+        names.refresh(&samples(&[&child]));
         assert!(child.version() != version && names.files.len() == 1);
         assert_eq!(names.name(&child, 0x100).map(|(name, _)| name).as_deref(), Ok("two"));
     }
@@ -319,16 +320,16 @@ mod tests {
         let codes: Vec<_> = (0..8).map(|_| code(&lines)).collect();
         let mut names = RuntimeNames::new(4 * 1000 * RANGE_BYTES);
         for code in &codes {
-            names.refresh(&sample(&[code]));
+            names.refresh(&samples(&[code]));
             assert!(names.name(code, 16).is_ok() && names.stats().bytes <= names.budget);
         }
         assert!(names.stats().evicted >= 4);
         // Read again when it is needed again, as another version: what was cached is not believed.
         let version = codes[0].version();
-        names.refresh(&sample(&[&codes[0]]));
+        names.refresh(&samples(&[&codes[0]]));
         assert!(names.name(&codes[0], 16).is_ok() && codes[0].version() != version);
         drop(codes);
-        names.refresh(&sample(&[]));
+        names.refresh(&samples(&[]));
         assert!(names.files.is_empty() && names.stats().bytes == 0);
     }
 }
