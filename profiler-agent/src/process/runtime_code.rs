@@ -38,6 +38,8 @@ const OLDER: Duration = Duration::from_secs(1);
 pub(super) struct RuntimeFiles {
     /// Every open file holds it.
     permit: Arc<()>,
+    /// Times that there were too many open to look for another.
+    refused: u64,
 }
 
 /// One process's code, and when its perf map was looked for.
@@ -60,9 +62,21 @@ impl RuntimeFiles {
         Arc::strong_count(&self.permit) - 1
     }
 
+    /// Times that there were too many open to look for another.
+    pub(super) fn refused(&self) -> u64 {
+        self.refused
+    }
+
+    /// Whether one more may be open.
+    fn has_room(&mut self) -> bool {
+        let has_room = self.len() < MAX_OPEN;
+        self.refused += u64::from(!has_room);
+        has_room
+    }
+
     /// Looks for the perf map of a living process that runs code of its own making, unless that was done lately. One
     /// that was found is compared, once a drain, with what is at its path now.
-    pub(super) fn follow(&self, followed: &mut FollowedCode, generation: u64) {
+    pub(super) fn follow(&mut self, followed: &mut FollowedCode, generation: u64) {
         let held = followed.code.files().into_iter().find(|file| file.kind == RuntimeFileKind::PerfMap);
         let is_early = match (&held, followed.looked) {
             (_, None) => false,
@@ -73,7 +87,7 @@ impl RuntimeFiles {
             return;
         }
         (followed.looked, followed.looked_in) = (Some(Instant::now()), generation);
-        if self.len() >= MAX_OPEN {
+        if !self.has_room() {
             return;
         }
         let key = followed.code.process;
@@ -84,14 +98,14 @@ impl RuntimeFiles {
     }
 
     /// Opens a jitdump that a process has mapped.
-    pub(super) fn open_jitdump(&self, code: &RuntimeCode, line: &MapsLine) {
-        if self.len() >= MAX_OPEN {
-            return;
-        }
+    pub(super) fn open_jitdump(&mut self, code: &RuntimeCode, line: &MapsLine) {
         let held = code.files();
         let is_held = |identity| held.iter().any(|file| file.identity == identity);
         // (The device of a mapping and that of an open file differ on some file systems; inode numbers do not.)
         if held.iter().any(|file| file.kind == RuntimeFileKind::Jitdump && file.identity.1 == line.inode) {
+            return;
+        }
+        if !self.has_room() {
             return;
         }
         let Some(file) = executables::open(code.process.tgid, line) else { return };

@@ -74,6 +74,8 @@ pub struct TableStats {
     pub executables: usize,
     /// Files that name code made at run time, open.
     pub runtime_files: usize,
+    /// Times that too many of them were open to look for another.
+    pub runtime_files_refused: u64,
     /// Notices received.
     pub notices: u64,
     /// Notices that could not be understood.
@@ -303,6 +305,7 @@ impl ProcessTable {
             processes: self.processes.len(),
             executables: self.executables.len(),
             runtime_files: self.runtime_files.len(),
+            runtime_files_refused: self.runtime_files.refused(),
             ..self.stats
         }
     }

@@ -100,6 +100,11 @@ pub(super) fn render(stats: &Stats) -> String {
         "Perf maps and jitdumps of which what was read was dropped to keep the budget.",
         symbolize.runtime_code.evicted,
     );
+    page.counter(
+        "runtime_code_refused",
+        "Pieces of code made at run time whose names were not kept because there were too many.",
+        symbolize.runtime_code.refused,
+    );
     page.counter("frame_cache_evictions", "Times half of the frame cache was dropped.", symbolize.cache_evictions);
     page.gauge("frame_cache_bytes", "Estimated bytes of named frames kept.", symbolize.cache_bytes);
 
@@ -136,6 +141,11 @@ pub(super) fn render(stats: &Stats) -> String {
     page.gauge("processes", "Program images remembered.", table.processes);
     page.gauge("executables", "Executable files known.", table.executables);
     page.gauge("runtime_files", "Perf maps and jitdumps that are open.", table.runtime_files);
+    page.counter(
+        "runtime_files_refused",
+        "Times that too many perf maps and jitdumps were open to look for another.",
+        table.runtime_files_refused,
+    );
 
     page.gauge("cpus_sampled", "CPUs the sampling clock runs on.", stats.cpus());
     page.gauge("up", "1 while sampling is under way.", u8::from(stats.is_ready()));

@@ -1,4 +1,4 @@
-/** Two methods that a JVM compiles: {@code Hot SECONDS}. Prints a line when they have been compiled. */
+/** Three methods that a JVM compiles: {@code Hot SECONDS}. Prints a line when they have been compiled. */
 public final class Hot {
     private static int inner(int n) {
         int sum = 0;
@@ -8,10 +8,14 @@ public final class Hot {
         return sum;
     }
 
+    private static int down(int n, int depth) {
+        return depth == 0 ? inner(n) : down(n, depth - 1) ^ depth;
+    }
+
     private static int outer(int n) {
         int sum = 0;
         for (int i = 0; i < 100; i++) {
-            sum ^= inner(n + i);
+            sum ^= down(n + i, 20);
         }
         return sum;
     }

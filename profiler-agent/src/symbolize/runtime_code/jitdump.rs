@@ -95,6 +95,9 @@ impl Jitdump {
         if self.stamp == Some(stamp) {
             return Progress::Same;
         }
+        if *allowance < PIECE as u64 {
+            return Progress::Same;
+        }
         let mut pieces = Pieces { file, allowance, bytes: [0; PIECE], start: 0, len: 0 };
         // (While it was written, names may have been missed that are in it again.)
         let mut progress = if self.stamp.is_some() { Progress::Added } else { Progress::Same };
@@ -167,6 +170,11 @@ impl Jitdump {
         let is_that = load.prefix.id == LOAD && load.size >= size.into();
         let room = (load.prefix.total_size as usize).checked_sub(size_of::<Load>()).filter(|_| is_that)?;
         text(name[..room.min(name.len())].split(|&byte| byte == 0).next()?)
+    }
+
+    /// Ranges that found no room.
+    pub(super) fn refused(&self) -> u64 {
+        self.ranges.refused()
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -271,6 +279,20 @@ mod tests {
             again.read_on(&growing, &mut (PIECE as u64 * 4), MOST);
         }
         assert_eq!(again.all(), dump.all());
+    }
+
+    /// Where nothing may be read, nothing is known to have changed.
+    #[test]
+    fn waits_for_an_allowance() {
+        let file = file(&[header(), load(7, 0x1000, 0x10, "first")].concat());
+        let mut dump = Jitdump::default();
+        read(&mut dump, &file);
+        let end = file.metadata().expect("a file").len();
+        file.write_all_at(&load(7, 0x2000, 0x10, "second"), end).expect("room");
+        assert_eq!(dump.read_on(&file, &mut 10, MOST), Progress::Same);
+        assert_eq!((dump.name(&file, 0x1000).as_deref(), dump.name(&file, 0x2000)), (Some("first"), None));
+        assert_eq!(read(&mut dump, &file), Progress::Added);
+        assert_eq!(dump.name(&file, 0x2000).as_deref(), Some("second"));
     }
 
     /// A file that was written anew is another one.

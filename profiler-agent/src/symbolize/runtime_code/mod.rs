@@ -89,6 +89,13 @@ impl Names {
         }
     }
 
+    fn refused(&self) -> u64 {
+        match self {
+            Self::PerfMap(map) => map.refused(),
+            Self::Jitdump(dump) => dump.refused(),
+        }
+    }
+
     fn bytes(&self) -> usize {
         match self {
             Self::PerfMap(map) => map.bytes(),
@@ -118,6 +125,8 @@ pub struct RuntimeCodeStats {
     pub restarted: u64,
     /// Files of which what was read was dropped to keep the budget.
     pub evicted: u64,
+    /// Pieces of code whose names were not kept because there were too many.
+    pub refused: u64,
 }
 
 /// Names of code made at run time.
@@ -196,7 +205,10 @@ impl RuntimeNames {
         }
         held.used = self.batch;
         let most = MAX_RANGES.min(self.budget / RANGE_BYTES);
+        let refused = held.names.refused();
         let progress = held.names.read_on(&file.file, allowance, most);
+        let before = if progress == Progress::Restarted { 0 } else { refused };
+        self.stats.refused += held.names.refused().saturating_sub(before);
         if progress != Progress::Same {
             self.versions += 1;
             held.version = self.versions;

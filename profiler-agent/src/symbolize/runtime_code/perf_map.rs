@@ -87,6 +87,11 @@ impl PerfMap {
         (address.checked_sub(start)? < u64::from(size)).then(|| text(name)).flatten()
     }
 
+    /// Ranges that found no room.
+    pub(super) fn refused(&self) -> u64 {
+        self.ranges.refused()
+    }
+
     pub(super) fn bytes(&self) -> usize {
         size_of::<Self>() + 2 * SEAM + self.ranges.len() * RANGE_BYTES
     }

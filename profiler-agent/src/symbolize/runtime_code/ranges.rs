@@ -14,11 +14,14 @@ struct Range {
 
 /// Ranges that do not overlap.
 #[derive(Debug, Default)]
-pub(super) struct CodeRanges(BTreeMap<u64, Range>);
+pub(super) struct CodeRanges {
+    ranges: BTreeMap<u64, Range>,
+    refused: u64,
+}
 
 impl CodeRanges {
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.ranges.len()
     }
 
     /// Adds a range; what it covers of earlier ones is gone. Where there are `most` already, it has no name, rather than
@@ -28,41 +31,48 @@ impl CodeRanges {
             return;
         }
         self.clear(start, size, most);
-        if self.0.len() < most {
-            self.0.insert(start, Range { size, place });
+        if self.ranges.len() < most {
+            self.ranges.insert(start, Range { size, place });
+        } else {
+            self.refused += 1;
         }
+    }
+
+    /// Ranges that found no room.
+    pub(super) fn refused(&self) -> u64 {
+        self.refused
     }
 
     /// Removes a range that begins exactly here; returns its size and place.
     pub(super) fn take(&mut self, start: u64) -> Option<(u32, u32)> {
-        self.0.remove(&start).map(|range| (range.size, range.place))
+        self.ranges.remove(&start).map(|range| (range.size, range.place))
     }
 
     /// The place that names an address, and the size of the range that it is in.
     pub(super) fn place(&self, address: u64) -> Option<(u32, u32)> {
-        let (&start, range) = self.0.range(..=address).next_back()?;
+        let (&start, range) = self.ranges.range(..=address).next_back()?;
         (address - start < u64::from(range.size)).then_some((range.place, range.size))
     }
 
     /// Makes a hole. What lies behind it is given up where a hole would make one range too many.
     fn clear(&mut self, start: u64, size: u32, most: usize) {
         let end = start + u64::from(size);
-        let before = self.0.range(..start).next_back().map(|(&start, &range)| (start, range));
+        let before = self.ranges.range(..start).next_back().map(|(&start, &range)| (start, range));
         if let Some((first, range)) = before {
             let range_end = first + u64::from(range.size);
             if range_end > start {
                 // (What is left fits: it is smaller than the range was.)
-                self.0.insert(first, Range { size: (start - first) as u32, ..range });
+                self.ranges.insert(first, Range { size: (start - first) as u32, ..range });
             }
-            if range_end > end && self.0.len() < most {
-                self.0.insert(end, Range { size: (range_end - end) as u32, ..range });
+            if range_end > end && self.ranges.len() < most {
+                self.ranges.insert(end, Range { size: (range_end - end) as u32, ..range });
             }
         }
-        while let Some((&first, &range)) = self.0.range(start..end).next() {
-            self.0.remove(&first);
+        while let Some((&first, &range)) = self.ranges.range(start..end).next() {
+            self.ranges.remove(&first);
             let range_end = first + u64::from(range.size);
             if range_end > end {
-                self.0.insert(end, Range { size: (range_end - end) as u32, ..range });
+                self.ranges.insert(end, Range { size: (range_end - end) as u32, ..range });
             }
         }
     }
@@ -70,7 +80,7 @@ impl CodeRanges {
     /// Every range: start, size and place.
     #[cfg(any(test, fuzzing))]
     pub(super) fn all(&self) -> Vec<(u64, u32, u32)> {
-        self.0.iter().map(|(&start, range)| (start, range.size, range.place)).collect()
+        self.ranges.iter().map(|(&start, range)| (start, range.size, range.place)).collect()
     }
 }
 
@@ -105,7 +115,7 @@ mod tests {
         for start in 0..100 {
             ranges.insert(start * 16, 16, 7, 10);
         }
-        assert_eq!(ranges.len(), 10);
+        assert_eq!((ranges.len(), ranges.refused()), (10, 90));
         ranges.insert(8, 16, 8, 2);
         assert_eq!((ranges.place(7), ranges.place(8), ranges.place(24)), (Some((7, 8)), None, Some((7, 8))));
         for hole in 2..14 {
