@@ -94,7 +94,7 @@ fn node_perf_maps_name_functions() {
                 "--perf-basic-prof",
                 "/work/hot.js",
                 name,
-                "30",
+                "120",
             ]))
         })
         .collect();
@@ -174,7 +174,7 @@ fn java_perf_maps_name_methods() {
         "-cp",
         "/work",
         "Hot",
-        "60",
+        "240",
     ]));
     program.wait_for_line("warm");
     let host = host_pid(program.pid());
@@ -189,7 +189,20 @@ fn java_perf_maps_name_methods() {
     let nameless = total(&before, |stack| stack.frames.iter().any(|frame| frame == "[anonymous code]"));
     println!("{:24} {nameless} of {} samples without names before there is a map", "java", total(&before, |_| true));
     assert!(nameless * 10 > total(&before, |_| true) * 9, "code has names before there is a map");
+    // What was sampled, found to have no name and remembered has one when there is a map.
+    let recording =
+        Background::start(&mut record(&["--frequency", "499", "--output", "-", "--duration", "16s", "--pid", &pid]));
+    std::thread::sleep(Duration::from_secs(7));
     ask();
+    let stacks = folded(&stdout(&recording.finish()));
+    let has = |name: &str| total(&stacks, |stack| stack.frames.iter().any(|frame| frame == name));
+    println!(
+        "{:24} {} samples without names, then {} with",
+        "java",
+        has("[anonymous code]"),
+        has("int Hot.outer(int)")
+    );
+    check_hot("java, map comes later", &stacks, "int Hot.outer(int)", 30.0);
     let stacks = record_outside(&["--duration", "6s", "--pid", &pid]);
     assert!(!Path::new(&format!("/tmp/perf-{host}.map")).exists(), "the map is visible outside");
     let map = fs::read(format!("/proc/{host}/root/tmp/perf-1.map")).expect("the JVM writes a map in its root");
