@@ -10,6 +10,7 @@ mod debuginfod;
 mod hostile;
 mod naming;
 mod recording;
+mod runtime_code;
 mod servers;
 mod stacks;
 mod unwinding;

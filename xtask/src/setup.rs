@@ -23,6 +23,7 @@ const TEST_PROGRAMS: &[(&str, &[&str])] = &[
     ("qemu-system-x86_64", &["qemu-system-x86"]),
     ("node", &["nodejs"]),
     ("java", &["default-jre-headless"]),
+    ("jcmd", &["default-jdk-headless"]),
     ("python3", &["python3"]),
     ("go", &["golang-go"]),
     ("perf", &["linux-perf", "linux-tools-generic"]),

@@ -235,7 +235,7 @@ impl Tables {
         let (id, path, build_id) = match (&frame.executable, frame.frame_type) {
             (Some(executable), _) => (Some(executable.id), executable.path.as_str(), executable.build_id.as_deref()),
             (None, FrameType::Kernel) => (None, "[kernel.kallsyms]", None),
-            (None, FrameType::Native) => return 0,
+            (None, FrameType::Native | FrameType::Runtime) => return 0,
         };
         let segment = frame.executable.as_ref().and_then(|executable| executable.segment_at(frame.address));
         let (start, limit, file_offset) =

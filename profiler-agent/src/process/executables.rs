@@ -222,7 +222,7 @@ impl Executables {
 /// Opens the file behind a mapping. The kernel's link to it is exact even when its path was deleted,
 /// replaced or is in another mount namespace; the path inside the process's root is the fallback where that
 /// link needs more privileges than we have.
-fn open(tgid: u32, line: &MapsLine) -> Option<File> {
+pub(super) fn open(tgid: u32, line: &MapsLine) -> Option<File> {
     let link = format!("/proc/{tgid}/map_files/{:x}-{:x}", line.start, line.end);
     let by_path = || {
         let file = regular_file::open(format!("/proc/{tgid}/root{}", line.path))?;

@@ -2,21 +2,23 @@
 
 use std::sync::{Arc, Mutex};
 
+use profiler_common::abi::process::ProcessKey;
+
 use super::{
     Change, NewMapping, ProcessTable,
     executables::MappedFile,
     mappings::{Backing, Mapping, Mappings},
-    proc_fs::{parse_maps_line, parse_start_ticks},
+    proc_fs::{parse_maps_line, parse_start_ticks, parse_status},
 };
 use crate::{
     fuzzing::Input,
-    profile::{Executable, ExecutableId, FileOffset, Location, RawSample, Segment, VirtualAddress},
+    profile::{Executable, ExecutableId, FileOffset, Location, RawSample, RuntimeCode, Segment, VirtualAddress},
 };
 
 /// Lines of `/proc/PID/maps` and of `/proc/PID/stat`: what was read is what the line says.
 pub fn proc_text(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
-    let _ = parse_start_ticks(&text);
+    let _ = (parse_start_ticks(&text), parse_status(&text));
     let Some(line) = parse_maps_line(&text) else { return };
     let (major, minor) = (line.device >> 20, line.device & 0xf_ffff);
     let place = format!("{:x}-{:x} r-xp {:x} {major:x}:{minor:x}", line.start, line.end, line.file_offset);
@@ -117,10 +119,11 @@ pub fn mappings(bytes: &[u8]) {
                 }));
         }
     }
+    let code = Arc::new(RuntimeCode::new(ProcessKey::default()));
     for (address, expected) in expected.iter().enumerate() {
-        let found = match mappings.locate(address as u64) {
+        let found = match mappings.locate(address as u64, &code) {
             Location::File { executable, offset } => Some((executable.id.0, offset.0)),
-            Location::Anonymous(address) => Some((0, address)),
+            Location::Anonymous { address, .. } => Some((0, address)),
             _ => None,
         };
         assert_eq!(found, *expected, "{address}");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use profiler_common::abi::tables::{MAX_PROCESS_MAPPINGS, MappingRecord};
 
 use super::executables::MappedFile;
-use crate::profile::{FileOffset, Location};
+use crate::profile::{FileOffset, Location, RuntimeCode};
 
 /// Most mappings kept of one process.
 const MAX_MAPPINGS: usize = MAX_PROCESS_MAPPINGS;
@@ -75,8 +75,8 @@ impl Mappings {
         false
     }
 
-    /// Where `address`, an address to look up, is.
-    pub(super) fn locate(&self, address: u64) -> Location {
+    /// Where `address`, an address to look up, is in a process that makes `code`.
+    pub(super) fn locate(&self, address: u64, code: &Arc<RuntimeCode>) -> Location {
         let index = self.0.partition_point(|mapping| mapping.end <= address);
         match self.0.get(index) {
             Some(mapping) if mapping.start <= address => match &mapping.backing {
@@ -84,7 +84,7 @@ impl Mappings {
                     executable: Arc::clone(&file.0),
                     offset: FileOffset((address - mapping.start).saturating_add(mapping.file_offset)),
                 },
-                Backing::Anonymous => Location::Anonymous(address),
+                Backing::Anonymous => Location::Anonymous { code: Arc::clone(code), address },
             },
             _ => Location::Unmapped(address),
         }
@@ -123,6 +123,18 @@ impl Mappings {
         records
     }
 
+    /// Whether an address is in memory that no file backs.
+    pub(super) fn is_anonymous(&self, address: u64) -> bool {
+        let index = self.0.partition_point(|mapping| mapping.end <= address);
+        let mapping = self.0.get(index).filter(|mapping| mapping.start <= address);
+        mapping.is_some_and(|mapping| matches!(mapping.backing, Backing::Anonymous))
+    }
+
+    /// Whether there is any such memory.
+    pub(super) fn has_anonymous(&self) -> bool {
+        self.0.iter().any(|mapping| matches!(mapping.backing, Backing::Anonymous))
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -131,6 +143,8 @@ impl Mappings {
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
+
+    use profiler_common::abi::process::ProcessKey;
 
     use super::*;
     use crate::profile::{Executable, ExecutableId, Segment, VirtualAddress};
@@ -152,7 +166,8 @@ mod tests {
     }
 
     fn check(mappings: &Mappings, address: u64, expect: Option<(u32, u64)>) {
-        let found = match mappings.locate(address) {
+        let code = Arc::new(RuntimeCode::new(ProcessKey::default()));
+        let found = match mappings.locate(address, &code) {
             Location::File { executable, offset } => Some((executable.id.0, offset.0)),
             _ => None,
         };

@@ -7,6 +7,8 @@ use std::{
     sync::OnceLock,
 };
 
+use profiler_common::abi::process::ProcessKey;
+
 /// Most bytes of `/proc/PID/maps` read: a process with half a million mappings is not worth more.
 const MAX_MAPS_BYTES: u64 = 16 << 20;
 
@@ -57,6 +59,31 @@ pub(super) fn parse_maps_line(line: &str) -> Option<MapsLine> {
         inode: inode.parse().ok()?,
         path: path.strip_suffix(" (deleted)").unwrap_or(path).to_owned(),
     })
+}
+
+/// What `/proc/PID/status` says of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Status {
+    /// Its PID as it knows it itself: that in the innermost PID namespace.
+    pub(super) pid: u32,
+    /// Real, effective, saved and file system user.
+    pub(super) uids: [u32; 4],
+}
+
+/// Parses the status of a process; `None` where something is missing.
+pub(super) fn parse_status(status: &str) -> Option<Status> {
+    let field = |name| status.lines().find_map(|line| line.strip_prefix(name));
+    let mut uids = field("Uid:")?.split_ascii_whitespace().map(|uid| uid.parse().ok());
+    let mut next_uid = || uids.next().flatten();
+    Some(Status {
+        pid: field("NSpid:")?.split_ascii_whitespace().last()?.parse().ok()?,
+        uids: [next_uid()?, next_uid()?, next_uid()?, next_uid()?],
+    })
+}
+
+/// Whether the process with this PID is still this one (and whatever program it runs).
+pub(super) fn is_running(key: ProcessKey) -> bool {
+    start_ticks(key.tgid) == Some(ticks_of(key.start_time_ns))
 }
 
 /// When a process started, in clock ticks since boot (field 22 of `/proc/PID/stat`).
@@ -136,6 +163,15 @@ mod tests {
         check("7f10-7f20 rw-p 00000000 00:00 0 ", None);
         check("nonsense", None);
         check("7f10-7f20 r-xp 0 ffffffffffffffff:00 0 x", None);
+    }
+
+    /// The last of the PIDs is the innermost one.
+    #[test]
+    fn reads_the_status() {
+        let status = "Name:\tx\nPid:\t700\nUid:\t1\t2\t3\t4\nNSpid:\t700\t52\t7\n";
+        assert_eq!(parse_status(status), Some(Status { pid: 7, uids: [1, 2, 3, 4] }));
+        assert_eq!(parse_status("NSpid:\t7\nUid:\t1\t2\n"), None);
+        assert_eq!(parse_status("Uid:\t1\t2\t3\t4\n"), None);
     }
 
     /// A command name with parentheses and spaces does not shift the fields.

@@ -3,14 +3,11 @@
 //! They are looked for inside the process's root, which a container has its own of: its links cannot lead out of it. That
 //! they belong to the executable is checked when they are read.
 
-use std::{fs::File, os::fd::OwnedFd, path::Path, sync::Arc};
+use std::{fs::File, path::Path, sync::Arc};
 
-use nix::{
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
-    sys::stat::Mode,
-};
+use nix::fcntl::OFlag;
 
-use super::proc_fs::MapsLine;
+use super::{proc_fs::MapsLine, root::Root};
 use crate::{elf, profile::SplitDebug, regular_file};
 
 /// Where distributions put debug files.
@@ -28,8 +25,8 @@ pub(super) fn find(tgid: u32, line: &MapsLine, file: &File, build_id: Option<&[u
         return None;
     }
     let root = Root::of(tgid)?;
-    if let Some(file) =
-        build_id.and_then(elf::debug_file_name).and_then(|name| root.open(&format!("{DEBUG_FOLDER}/{name}")))
+    let open = |path: &str| regular_file::reopen(&root.look_up(path, OFlag::empty())?);
+    if let Some(file) = build_id.and_then(elf::debug_file_name).and_then(|name| open(&format!("{DEBUG_FOLDER}/{name}")))
     {
         return Some(SplitDebug { file: Arc::new(file), checksum: None });
     }
@@ -43,24 +40,6 @@ pub(super) fn find(tgid: u32, line: &MapsLine, file: &File, build_id: Option<&[u
     ];
     // A stripped file may be called as its debug file is.
     let mut others = places.into_iter().filter(|place| *place != line.path);
-    let file = others.find_map(|place| root.open(&place))?;
+    let file = others.find_map(|place| open(&place))?;
     Some(SplitDebug { file: Arc::new(file), checksum: Some(link.checksum) })
-}
-
-/// The root folder of a process.
-struct Root(OwnedFd);
-
-impl Root {
-    fn of(tgid: u32) -> Option<Self> {
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        nix::fcntl::open(format!("/proc/{tgid}/root").as_str(), flags, Mode::empty()).ok().map(Self)
-    }
-
-    /// Opens a regular file inside of it.
-    fn open(&self, path: &str) -> Option<File> {
-        let how = OpenHow::new()
-            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        regular_file::reopen(&File::from(openat2(&self.0, path, how).ok()?))
-    }
 }

@@ -16,10 +16,11 @@ use zerocopy::FromBytes as _;
 use super::{
     executables::{Executables, FileKey, executable_name},
     mappings::{Backing, Mapping, Mappings},
-    proc_fs::{executable_maps, start_ticks, ticks_of},
+    proc_fs::{executable_maps, is_running},
     published::Change,
+    runtime_code::{FollowedCode, RuntimeFiles, is_jitdump, is_memory},
 };
-use crate::profile::{CodeAddress, Executable, LocatedSample, Location, ProcessInfo, RawSample};
+use crate::profile::{CodeAddress, Executable, LocatedSample, Location, ProcessInfo, RawSample, RuntimeCode};
 
 /// Most program images remembered. A machine with more runs on with fewer frames located.
 const MAX_PROCESSES: usize = 32 << 10;
@@ -35,6 +36,8 @@ const SWEEP_EVERY: u64 = 12;
 struct Process {
     info: Arc<ProcessInfo>,
     mappings: Arc<Mappings>,
+    /// What it says about code that it makes.
+    code: FollowedCode,
     /// File name of its executable, once looked up.
     executable: Option<String>,
     /// The drain in which its mappings were last read from `/proc`, or could not be.
@@ -69,6 +72,10 @@ pub struct TableStats {
     pub processes: usize,
     /// Executable files known.
     pub executables: usize,
+    /// Files that name code made at run time, open.
+    pub runtime_files: usize,
+    /// Times that too many of them were open to look for another.
+    pub runtime_files_refused: u64,
     /// Notices received.
     pub notices: u64,
     /// Notices that could not be understood.
@@ -90,6 +97,9 @@ pub struct ProcessTable {
     /// The newest program image seen per PID: only this one can be read from `/proc`.
     newest: HashMap<u32, ProcessKey>,
     executables: Executables,
+    runtime_files: RuntimeFiles,
+    /// Images that run new code of their own making.
+    compiling: HashSet<ProcessKey>,
     /// Images whose mappings should be read before the next sample is located.
     unread: HashSet<ProcessKey>,
     exited: HashSet<u32>,
@@ -136,7 +146,9 @@ impl ProcessTable {
                 let (notice, _) = PlaceNotice::read_from_prefix(bytes).ok()?;
                 self.see(process);
                 let known = self.processes.get(&process)?;
-                if matches!(known.mappings.locate(notice.address), Location::Unmapped(_)) {
+                if known.mappings.is_anonymous(notice.address) {
+                    self.compiling.insert(process);
+                } else if matches!(known.mappings.locate(notice.address, &known.code.code), Location::Unmapped(_)) {
                     self.unread.insert(process);
                 }
             }
@@ -158,6 +170,19 @@ impl ProcessTable {
             if !is_restless {
                 self.scan(key);
             }
+        }
+        for key in std::mem::take(&mut self.compiling) {
+            self.follow_code(key);
+        }
+    }
+
+    /// Looks for what names the code that a process makes.
+    fn follow_code(&mut self, key: ProcessKey) {
+        if self.newest.get(&key.tgid) == Some(&key)
+            && let Some(process) = self.processes.get_mut(&key)
+            && process.mappings.has_anonymous()
+        {
+            self.runtime_files.follow(&mut process.code, self.generation);
         }
     }
 
@@ -198,6 +223,9 @@ impl ProcessTable {
         let is_unknown = user.iter().any(|location| matches!(location, Location::Unmapped(_)));
         if (is_outdated || is_unknown) && scanned != Some(self.generation) && self.scan(key) {
             user = self.locate_user(&sample);
+        }
+        if user.iter().any(|location| matches!(location, Location::Anonymous { .. })) {
+            self.follow_code(key);
         }
         let end = trim(&mut user, sample.end);
 
@@ -265,7 +293,7 @@ impl ProcessTable {
     /// Ends every process that is not there any more, whatever notices said.
     fn end_vanished(&mut self) {
         for (key, process) in &mut self.processes {
-            if process.ended.is_none() && start_ticks(key.tgid) != Some(ticks_of(key.start_time_ns)) {
+            if process.ended.is_none() && !is_running(*key) {
                 process.ended = Some(self.generation);
             }
         }
@@ -273,7 +301,13 @@ impl ProcessTable {
 
     /// Sizes and events so far.
     pub fn stats(&self) -> TableStats {
-        TableStats { processes: self.processes.len(), executables: self.executables.len(), ..self.stats }
+        TableStats {
+            processes: self.processes.len(),
+            executables: self.executables.len(),
+            runtime_files: self.runtime_files.len(),
+            runtime_files_refused: self.runtime_files.refused(),
+            ..self.stats
+        }
     }
 
     /// Makes sure that an image is in the table, and that older images of its PID are on their way out.
@@ -295,6 +329,7 @@ impl ProcessTable {
         self.processes.entry(key).or_insert_with(|| Process {
             info: Arc::new(ProcessInfo { key, name: String::new() }),
             mappings: Arc::default(),
+            code: FollowedCode::new(RuntimeCode::new(key)),
             executable: None,
             scanned: None,
             scans: 0,
@@ -307,11 +342,13 @@ impl ProcessTable {
         self.changes.push(Change::Forked { parent: parent_key, child });
         let Some(parent) = self.processes.get(&parent_key) else { return };
         let (mappings, executable) = (Arc::clone(&parent.mappings), parent.executable.clone());
+        let code = parent.code.code.of_child(child);
         if self.remapped.contains(&parent_key) {
             self.remapped.insert(child);
         }
         if let Some(child) = self.processes.get_mut(&child) {
             child.mappings = mappings;
+            child.code = FollowedCode::new(code);
             child.executable = executable;
         }
     }
@@ -332,9 +369,12 @@ impl ProcessTable {
                 return;
             }
         };
-        let is_anonymous = |address| matches!(process.mappings.locate(address), Location::Anonymous(_));
-        if mapping.inode == 0 && is_anonymous(mapping.start) && is_anonymous(mapping.end.saturating_sub(1)) {
-            return;
+        if mapping.inode == 0 {
+            self.compiling.insert(*key);
+            let is_anonymous = |address| process.mappings.is_anonymous(address);
+            if is_anonymous(mapping.start) && is_anonymous(mapping.end.saturating_sub(1)) {
+                return;
+            }
         }
         Arc::make_mut(&mut process.mappings).insert(Mapping {
             start: mapping.start,
@@ -366,15 +406,20 @@ impl ProcessTable {
         let lines = executable_maps(key.tgid).ok()?;
         let mut mappings = Mappings::default();
         for line in &lines {
-            let backing = match self.executables.of_mapping(key.tgid, line, self.generation) {
-                Some(file) => Backing::File(file),
-                None => Backing::Anonymous,
-            };
+            if is_jitdump(line) {
+                if let Some(process) = self.processes.get(&key) {
+                    self.runtime_files.open_jitdump(&process.code.code, line);
+                }
+                continue;
+            }
+            let mut of_line = || self.executables.of_mapping(key.tgid, line, self.generation);
+            let file = if is_memory(line) { None } else { of_line() };
+            let backing = file.map_or(Backing::Anonymous, Backing::File);
             mappings.insert(Mapping { start: line.start, end: line.end, file_offset: line.file_offset, backing });
         }
         let executable = executable_name(key.tgid);
         // The PID may have been given to another process while we read.
-        if start_ticks(key.tgid)? != ticks_of(key.start_time_ns) {
+        if !is_running(key) {
             return None;
         }
         let process = self.processes.get_mut(&key)?;
@@ -386,14 +431,15 @@ impl ProcessTable {
         self.remapped.insert(key);
         process.mappings = Arc::new(mappings);
         debug!("process {}: {} executable mappings", key.tgid, lines.len());
+        self.follow_code(key);
         Some(())
     }
 
     fn locate_user(&self, sample: &RawSample) -> Vec<Location> {
-        let mappings = self.processes.get(&sample.process).map(|process| &process.mappings);
+        let process = self.processes.get(&sample.process);
         leaf_first(&sample.user)
-            .map(|address| match mappings {
-                Some(mappings) => mappings.locate(address.lookup()),
+            .map(|address| match process {
+                Some(process) => process.mappings.locate(address.lookup(), &process.code.code),
                 None => Location::Unmapped(address.lookup()),
             })
             .collect()
@@ -500,7 +546,8 @@ mod tests {
     /// Words beyond the last code address are cut, and the stack says so; a rooted stack is left alone.
     #[test]
     fn trims_what_is_no_code() {
-        let code = || Location::Anonymous(1);
+        let made = Arc::new(RuntimeCode::new(key(1, 1, 1)));
+        let code = || Location::Anonymous { code: Arc::clone(&made), address: 1 };
         let unmapped = || Location::Unmapped(1);
         let check = |mut user: Vec<Location>, end, expect_len, expect_end| {
             let end = trim(&mut user, end);

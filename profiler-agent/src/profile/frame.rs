@@ -12,6 +12,8 @@ use super::Executable;
 pub enum FrameType {
     /// Machine code in user mode.
     Native,
+    /// Machine code that its process made at run time, from whatever language.
+    Runtime,
     /// Kernel code.
     Kernel,
 }
@@ -20,7 +22,9 @@ impl FrameType {
     /// The attribute's value.
     pub const fn label(self) -> &'static str {
         match self {
-            Self::Native => "native",
+            // The conventions know languages and machine code. A map of names does not tell the language, nor does the
+            // process: many have several compilers in them.
+            Self::Native | Self::Runtime => "native",
             Self::Kernel => "kernel",
         }
     }
@@ -48,7 +52,7 @@ impl From<&str> for FunctionName {
     }
 }
 
-/// Why the file has no name for a place.
+/// Why a place has no name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nameless {
     /// The file could not be read, or is none that is understood.
@@ -65,11 +69,15 @@ pub enum Nameless {
     DebugFilePending,
     /// Servers did not send its debug file.
     DebugFileNotSent,
+    /// Code made at run time, by a process that names none of it.
+    NoCodeMap,
+    /// Code made at run time that its process does not name, or not yet.
+    NotInCodeMap,
 }
 
 impl Nameless {
     /// Every reason.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Unreadable,
         Self::NoSymbols,
         Self::NotCovered,
@@ -77,6 +85,8 @@ impl Nameless {
         Self::TooSlow,
         Self::DebugFilePending,
         Self::DebugFileNotSent,
+        Self::NoCodeMap,
+        Self::NotInCodeMap,
     ];
 
     /// Its name for people, metrics and attributes.
@@ -89,6 +99,8 @@ impl Nameless {
             Self::TooSlow => "symbols too slow",
             Self::DebugFilePending => "debug file pending",
             Self::DebugFileNotSent => "debug file not sent",
+            Self::NoCodeMap => "no perf map or jitdump",
+            Self::NotInCodeMap => "not in perf map or jitdump",
         }
     }
 }
@@ -98,10 +110,8 @@ impl Nameless {
 pub enum FrameName {
     /// The function's name.
     Function(FunctionName),
-    /// The file has no symbol for the place: its own name and the address stand in.
+    /// Nothing names the place: where it is in a file, the file's name and the address stand in.
     Unnamed(Nameless),
-    /// Code made at run time, with nothing to name it by.
-    Anonymous,
     /// Memory that no mapping was known for.
     Unmapped,
 }
@@ -127,12 +137,12 @@ impl Frame {
             (FrameName::Unnamed(_), Some(executable)) => {
                 format!("{}+{:#x}", printable(executable.name()), self.address)
             }
+            (FrameName::Unnamed(_), None) if self.frame_type == FrameType::Runtime => "[anonymous code]".to_owned(),
             (FrameName::Unnamed(_), None) => "[unnamed]".to_owned(),
-            (FrameName::Anonymous, _) => "[anonymous code]".to_owned(),
             (FrameName::Unmapped, _) => "[unmapped]".to_owned(),
         };
         match self.frame_type {
-            FrameType::Native => name,
+            FrameType::Native | FrameType::Runtime => name,
             FrameType::Kernel => name + "_[k]",
         }
     }
@@ -145,11 +155,15 @@ pub fn printable(name: &str) -> String {
         .collect()
 }
 
-/// Frames are the same when they run the same place of the same code.
+/// Frames are the same when they run the same place of the same code. Where code is made at run time, there may be other
+/// code at the same place later: what it is called tells it apart.
 impl PartialEq for Frame {
     fn eq(&self, other: &Self) -> bool {
         let id = |frame: &Self| frame.executable.as_ref().map(|executable| executable.id);
-        self.address == other.address && self.frame_type == other.frame_type && id(self) == id(other)
+        self.address == other.address
+            && self.frame_type == other.frame_type
+            && id(self) == id(other)
+            && (self.frame_type != FrameType::Runtime || self.name == other.name)
     }
 }
 
@@ -160,5 +174,27 @@ impl Hash for Frame {
         self.address.hash(state);
         self.frame_type.hash(state);
         self.executable.as_ref().map(|executable| executable.id).hash(state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Code that is made at run time may have been something else at the same address before.
+    #[test]
+    fn code_made_at_run_time_is_told_apart_by_name() {
+        let frame = |frame_type, name: &str| Frame {
+            frame_type,
+            name: FrameName::Function(name.into()),
+            executable: None,
+            address: 0x1000,
+        };
+        let nameless = |reason| Frame { name: FrameName::Unnamed(reason), ..frame(FrameType::Runtime, "") };
+        assert_ne!(frame(FrameType::Runtime, "before"), frame(FrameType::Runtime, "after"));
+        assert_eq!(frame(FrameType::Runtime, "same"), frame(FrameType::Runtime, "same"));
+        assert_eq!(frame(FrameType::Kernel, "alias"), frame(FrameType::Kernel, "other alias"));
+        assert_ne!(nameless(Nameless::NoCodeMap), nameless(Nameless::NotInCodeMap));
+        assert_eq!(nameless(Nameless::NoCodeMap).display_name(), "[anonymous code]");
     }
 }

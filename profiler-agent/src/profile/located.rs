@@ -7,7 +7,7 @@ use profiler_common::abi::{
     sample::{EventKind, StackEnd},
 };
 
-use super::{Executable, FileOffset, Tally};
+use super::{Executable, FileOffset, RuntimeCode, Tally};
 
 /// Where a frame's code is.
 #[derive(Clone, Debug)]
@@ -22,7 +22,12 @@ pub enum Location {
         offset: FileOffset,
     },
     /// Executable memory that no file backs: code made at run time.
-    Anonymous(u64),
+    Anonymous {
+        /// What its process says about it.
+        code: Arc<RuntimeCode>,
+        /// An address, already adjusted for lookup.
+        address: u64,
+    },
     /// No mapping is known at this address.
     Unmapped(u64),
 }

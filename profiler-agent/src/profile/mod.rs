@@ -8,6 +8,7 @@ mod frame;
 mod kernel_code;
 mod located;
 mod raw;
+mod runtime_code;
 mod sample;
 
 pub use self::{
@@ -18,5 +19,6 @@ pub use self::{
     kernel_code::KernelCode,
     located::{LocatedSample, Location, ProcessInfo},
     raw::{DecodeError, RawSample, WaitDue, Waited},
+    runtime_code::{RuntimeCode, RuntimeFile, RuntimeFileKind},
     sample::{Profile, Sample},
 };

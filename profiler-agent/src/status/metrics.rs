@@ -81,14 +81,14 @@ pub(super) fn render(stats: &Stats) -> String {
     page.counter("frames_named", "Distinct frames named.", symbolize.frames_named);
     page.labelled(
         "frames_named_by_source",
-        "Distinct frames of code in files, by where their name was found.",
+        "Distinct frames of user code, by where their name was found.",
         SymbolSource::ALL
             .map(|source| (format!("source=\"{}\"", source.label()), symbolize.by_source[source as usize].to_string())),
     );
     page.counter("frames_unnamed", "Distinct frames for which no name was found.", symbolize.frames_unnamed);
     page.labelled(
         "frames_unnamed_by_reason",
-        "Distinct frames of code in files for which no name was found, by reason.",
+        "Distinct frames of user code for which no name was found, by reason.",
         Nameless::ALL
             .map(|reason| (format!("reason=\"{}\"", reason.label()), symbolize.by_reason[reason as usize].to_string())),
     );
@@ -105,6 +105,22 @@ pub(super) fn render(stats: &Stats) -> String {
     page.sample("naming_seconds_total", "Time spent on naming frames.", "counter", symbolize.time.as_secs_f64());
     page.counter("symbols_evicted", "Files whose symbols were dropped to keep the budget.", symbolize.symbols_evicted);
     debuginfod(&mut page, &symbolize.debuginfod);
+    page.gauge("runtime_code_bytes", "Bytes that names of code made at run time take.", symbolize.runtime_code.bytes);
+    page.counter(
+        "runtime_code_restarted",
+        "Perf maps and jitdumps that were written anew, and read again.",
+        symbolize.runtime_code.restarted,
+    );
+    page.counter(
+        "runtime_code_evicted",
+        "Perf maps and jitdumps of which what was read was dropped to keep the budget.",
+        symbolize.runtime_code.evicted,
+    );
+    page.counter(
+        "runtime_code_refused",
+        "Pieces of code made at run time whose names were not kept because there were too many.",
+        symbolize.runtime_code.refused,
+    );
     page.counter("frame_cache_evictions", "Times half of the frame cache was dropped.", symbolize.cache_evictions);
     page.gauge("frame_cache_bytes", "Estimated bytes of named frames kept.", symbolize.cache_bytes);
 
@@ -140,6 +156,12 @@ pub(super) fn render(stats: &Stats) -> String {
     page.counter("mappings_refused", "Times a process's mappings found no room in the kernel's map.", mappings_refused);
     page.gauge("processes", "Program images remembered.", table.processes);
     page.gauge("executables", "Executable files known.", table.executables);
+    page.gauge("runtime_files", "Perf maps and jitdumps that are open.", table.runtime_files);
+    page.counter(
+        "runtime_files_refused",
+        "Times that too many perf maps and jitdumps were open to look for another.",
+        table.runtime_files_refused,
+    );
 
     page.gauge("cpus_sampled", "CPUs the sampling clock runs on.", stats.cpus());
     page.gauge("up", "1 while sampling is under way.", u8::from(stats.is_ready()));

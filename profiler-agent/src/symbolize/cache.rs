@@ -15,7 +15,8 @@ const ENTRY_BYTES: usize = 160;
 pub(super) enum FrameKey {
     Kernel(u64),
     File(ExecutableId, FileOffset),
-    Anonymous(u64),
+    /// Code made at run time: which, its version, address.
+    Runtime(u64, u64, u64),
     Unmapped(u64),
 }
 
@@ -24,7 +25,7 @@ impl FrameKey {
         match location {
             Location::Kernel(address) => Self::Kernel(*address),
             Location::File { executable, offset } => Self::File(executable.id, *offset),
-            Location::Anonymous(address) => Self::Anonymous(*address),
+            Location::Anonymous { code, address } => Self::Runtime(code.id, code.version(), *address),
             Location::Unmapped(address) => Self::Unmapped(*address),
         }
     }
@@ -111,7 +112,7 @@ fn bytes_of(frame: &Frame) -> usize {
     ENTRY_BYTES
         + match &frame.name {
             FrameName::Function(name) => name.readable.len() + name.system.as_ref().map_or(0, |system| system.len()),
-            FrameName::Unnamed(_) | FrameName::Anonymous | FrameName::Unmapped => 0,
+            FrameName::Unnamed(_) | FrameName::Unmapped => 0,
         }
 }
 

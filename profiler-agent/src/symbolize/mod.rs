@@ -11,6 +11,7 @@ mod demangle;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
 mod kernel;
+mod runtime_code;
 mod symbols;
 
 use std::{
@@ -20,16 +21,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use self::symbols::SymbolSource;
 use self::{
     cache::{FrameCache, FrameKey},
     debuginfod::{Debuginfod, DebuginfodStats},
     kernel::KernelSymbols,
+    runtime_code::RuntimeNames,
     symbols::{FileSymbols, SymbolStore},
 };
+pub use self::{runtime_code::RuntimeCodeStats, symbols::SymbolSource};
 use crate::profile::{
     Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, KernelCode, LocatedSample, Location, Nameless,
-    Profile,
+    Profile, RuntimeCode,
 };
 
 /// What was asked and found, for metrics.
@@ -37,11 +39,11 @@ use crate::profile::{
 pub struct SymbolizeStats {
     /// Frames named for the first time.
     pub frames_named: u64,
-    /// The same by source, for code in files.
+    /// The same by source, for user code.
     pub by_source: [u64; SymbolSource::ALL.len()],
     /// Frames for which no name was found.
     pub frames_unnamed: u64,
-    /// The same by reason, for code in files.
+    /// The same by reason, for user code.
     pub by_reason: [u64; Nameless::ALL.len()],
     /// Bytes that symbols of files take.
     pub symbol_bytes: usize,
@@ -61,6 +63,8 @@ pub struct SymbolizeStats {
     pub debuginfod: DebuginfodStats,
     /// How long naming took, with what was waited for.
     pub time: Duration,
+    /// What processes say about code that they make.
+    pub runtime_code: RuntimeCodeStats,
     /// Bytes the frame cache holds, estimated.
     pub cache_bytes: usize,
     /// Times half of the frame cache was dropped to keep its budget.
@@ -93,20 +97,22 @@ pub struct FrameNamer {
     cache: FrameCache,
     symbols: SymbolStore,
     servers: Option<Arc<Debuginfod>>,
+    runtime: RuntimeNames,
     /// Frames in the cache whose files are not read yet: none of them outlives its batch there.
     pending: Vec<FrameKey>,
     stats: SymbolizeStats,
 }
 
 impl FrameNamer {
-    /// A namer whose frames and symbols take about `budget` bytes, half of them each. `servers` are asked for debug files
-    /// that this machine does not have.
+    /// A namer whose frames, symbols and names of code made at run time take about `budget` bytes: three, four and one
+    /// eighth of it. `servers` are asked for debug files that this machine does not have.
     pub fn new(budget: usize, servers: Option<Arc<Debuginfod>>) -> Self {
         Self {
             kernel: KernelSymbols::new(),
-            cache: FrameCache::new(budget / 2),
+            cache: FrameCache::new(budget / 8 * 3),
             symbols: SymbolStore::new(budget / 2, servers.clone()),
             servers,
+            runtime: RuntimeNames::new(budget / 8),
             pending: Vec::new(),
             stats: SymbolizeStats::default(),
         }
@@ -130,6 +136,7 @@ impl FrameNamer {
     pub fn name(&mut self, samples: &[LocatedSample], patience: Duration) -> Vec<Vec<Arc<Frame>>> {
         let begun = Instant::now();
         self.forget_stale();
+        self.runtime.refresh(samples);
         self.resolve_missing(samples, patience);
         let frames = |sample: &LocatedSample| sample.locations.iter().map(|location| self.frame(location)).collect();
         let named = samples.iter().map(frames).collect();
@@ -155,7 +162,9 @@ impl FrameNamer {
         if files.is_empty() {
             return;
         }
+        let begun = Instant::now();
         self.resolve_files(files, patience, true);
+        self.stats.time += begun.elapsed();
         for frame in profile.samples.iter_mut().flat_map(|sample| &mut sample.frames) {
             if let Some((executable, offset)) = place_of(frame)
                 && let Some(settled) = self.cache.get(FrameKey::File(executable.id, offset))
@@ -179,6 +188,7 @@ impl FrameNamer {
             symbols_overdue: symbols.overdue,
             symbols_pending: symbols.pending,
             debuginfod: self.servers.as_ref().map(|servers| servers.stats()).unwrap_or_default(),
+            runtime_code: self.runtime.stats(),
             ..self.stats
         }
     }
@@ -199,7 +209,7 @@ impl FrameNamer {
                     let entry = files.entry(executable.id).or_insert_with(|| (Arc::clone(executable), BTreeSet::new()));
                     entry.1.insert(*offset);
                 }
-                Location::Anonymous(_) | Location::Unmapped(_) => {}
+                Location::Anonymous { .. } | Location::Unmapped(_) => {}
             }
         }
         if !kernel.is_empty() {
@@ -286,13 +296,15 @@ impl FrameNamer {
         self.add(key, Frame { frame_type: FrameType::Native, name, executable: Some(Arc::clone(executable)), address });
     }
 
-    fn add(&mut self, key: FrameKey, frame: Frame) {
+    fn add(&mut self, key: FrameKey, frame: Frame) -> Arc<Frame> {
         match frame.name {
             FrameName::Function(_) => self.stats.frames_named += 1,
             FrameName::Unnamed(Nameless::Pending) => {}
             _ => self.stats.frames_unnamed += 1,
         }
-        self.cache.insert(key, Arc::new(frame));
+        let frame = Arc::new(frame);
+        self.cache.insert(key, Arc::clone(&frame));
+        frame
     }
 
     fn frame(&mut self, location: &Location) -> Arc<Frame> {
@@ -301,7 +313,7 @@ impl FrameNamer {
             return frame;
         }
         let (name, address, executable) = match location {
-            Location::Anonymous(address) => (FrameName::Anonymous, *address, None),
+            Location::Anonymous { code, address } => return self.runtime_frame(key, code, *address),
             Location::Unmapped(address) => (FrameName::Unmapped, *address, None),
             // Evicted between look-up and use: a batch larger than the cache.
             Location::Kernel(address) => {
@@ -321,6 +333,21 @@ impl FrameNamer {
         let frame = Arc::new(Frame { frame_type: FrameType::Native, name, executable, address });
         self.cache.insert(key, Arc::clone(&frame));
         frame
+    }
+
+    fn runtime_frame(&mut self, key: FrameKey, code: &RuntimeCode, address: u64) -> Arc<Frame> {
+        let name = match self.runtime.name(code, address) {
+            Ok((name, source)) => {
+                self.stats.by_source[source as usize] += 1;
+                FrameName::Function(demangle::function(name))
+            }
+            Err(reason) => {
+                self.stats.by_reason[reason as usize] += 1;
+                FrameName::Unnamed(reason)
+            }
+        };
+        let frame = Frame { frame_type: FrameType::Runtime, name, executable: None, address };
+        self.add(key, frame)
     }
 
     /// Lets go of files that were closed, of frames that were pending or whose files servers may have now, and of kernel

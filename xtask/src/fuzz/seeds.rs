@@ -116,6 +116,8 @@ fn records(seeds: &Seeds) -> Outcome {
     told.extend(&sample);
     told.extend([3, 0]);
     seeds.add("notices", "all", &told)?;
+    seeds.add("perf_map", "lines", b"\x08\x01\x10\x40100 20 one\n0x110 8 two\n7f0000001000 1f three (x.js:1)\n")?;
+    seeds.add("jitdump", "records", &jitdump())?;
     seeds.add("mappings", "overlapping", &[0, 60, 0, 0, 10, 10, 5, 1, 15, 20, 1, 2, 5, 8, 2, 1])?;
     let mut table = halves(&[0x1000, 0x4_0000]);
     table.extend([100, 0, 0, 0, 2, 8, 0, 0, 3, 0, 0, 1, 4, 0, 0, 2, 0, 1, 0, 0, 5]);
@@ -235,6 +237,22 @@ fn go_table_1_2() -> Vec<u8> {
     let names = RECORD + 24;
     bytes.extend(halves(&[names as u32, 0, 0, (names + GO_NAMES.len()) as u32]));
     bytes.extend(GO_NAMES.iter().chain(GO_DEPTHS));
+    bytes
+}
+
+/// A jitdump of a function that is made, another that takes a part of its place, and a move of the first.
+fn jitdump() -> Vec<u8> {
+    let mut bytes = vec![7, 64, 1, 200];
+    bytes.extend(halves(&[0x4a69_5444, 1, 40, 62, 0, 7, 1, 0, 0, 0]));
+    for (address, name) in [(0x1000, b"one\0"), (0x1008, b"two\0")] {
+        // Kind, length, time, process, thread, two addresses, size, number.
+        bytes.extend(halves(&[0, 76, 1, 0, 7, 7, address, 0, address, 0, 16, 0, 1, 0]));
+        bytes.extend(name);
+        bytes.extend([0xcc; 16]);
+    }
+    bytes.extend(halves(&[2, 24, 1, 0, 0, 0]));
+    bytes.extend(halves(&[1, 64, 1, 0, 7, 7, 0x2000, 0, 0x1000, 0, 0x2000, 0, 8, 0, 1, 0]));
+    bytes.extend(halves(&[3, 16, 1, 0]));
     bytes
 }
 

@@ -108,7 +108,7 @@ impl Dictionary {
                 attribute_indices.push(self.attribute("profiler.frame.nameless", reason));
                 Vec::new()
             }
-            FrameName::Anonymous | FrameName::Unmapped => Vec::new(),
+            FrameName::Unmapped => Vec::new(),
         };
         let location = Location {
             mapping_index: frame.executable.as_ref().map_or(0, |executable| self.mapping(executable, frame.address)),

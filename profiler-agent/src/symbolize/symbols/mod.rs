@@ -42,11 +42,15 @@ pub enum SymbolSource {
     GoTable,
     /// A procedure linkage table, through which other files' functions are called.
     LinkageTable,
+    /// The perf map of the process that made the code.
+    PerfMap,
+    /// Its jitdump.
+    Jitdump,
 }
 
 impl SymbolSource {
     /// Every source, in the order of their numbers.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::SymbolTable,
         Self::DebugFile,
         Self::Debuginfod,
@@ -54,6 +58,8 @@ impl SymbolSource {
         Self::DynamicSymbols,
         Self::GoTable,
         Self::LinkageTable,
+        Self::PerfMap,
+        Self::Jitdump,
     ];
 
     /// Its name for people and metrics.
@@ -66,6 +72,8 @@ impl SymbolSource {
             Self::DynamicSymbols => "dynamic symbols",
             Self::GoTable => "Go table",
             Self::LinkageTable => "linkage table",
+            Self::PerfMap => "perf map",
+            Self::Jitdump => "jitdump",
         }
     }
 }
