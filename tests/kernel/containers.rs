@@ -186,7 +186,7 @@ fn names_come_from_the_containers_files() {
     std::thread::sleep(Duration::from_secs(2));
     let bin = binary.parent().expect("a folder").display();
     let script = format!(
-        "cd {bin}; cp job upper; ./replaced 4 & ./deleted 4 & sleep 1; ./upper 1 & \
+        "cd {bin}; cp job upper; ./replaced 4 & ./deleted 4 & sleep 1; ./upper 3 & \
          mv replacement replaced; rm deleted; ./replaced 2 & wait"
     );
     let later = run(&mut containerd.container("later", &script));
@@ -210,7 +210,7 @@ fn names_come_from_the_containers_files() {
         let (inside, outside) = places(&samples, process);
         println!("{process:9} {inside:5} samples in the container's program, {outside:5} in the other");
         // (Programs share CPUs with whatever else the machine does.)
-        assert!(inside > 20 && if with_host { outside > 20 } else { outside == 0 }, "{process}: {inside} {outside}");
+        assert!(inside > 5 && if with_host { outside > 5 } else { outside == 0 }, "{process}: {inside} {outside}");
     }
     let has = |sample: &Sample, place| sample.frames.iter().any(|frame| frame.is_named_like(place));
     assert!(!samples.iter().any(|sample| has(sample, INSIDE) && has(sample, OUTSIDE)));
