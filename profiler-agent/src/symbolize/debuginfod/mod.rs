@@ -12,6 +12,7 @@ use std::{
     fmt,
     fs::File,
     io,
+    panic::{self, AssertUnwindSafe},
     path::PathBuf,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -366,7 +367,9 @@ impl Shared {
     /// What the thread does until nobody wants files any more.
     fn ask_servers(&self, mut servers: Vec<Server>) {
         while let Some(build_id) = self.next() {
-            let outcome = self.ask(&mut servers, &build_id);
+            // Answers are untrusted; should their reader panic, it costs one file's names only.
+            let ask = AssertUnwindSafe(|| self.ask(&mut servers, &build_id));
+            let outcome = panic::catch_unwind(ask).unwrap_or(Err(Absence::ServerError));
             debug!("debug file of {}: {}", build_id.hex(), outcome.map_or_else(Absence::label, |()| "fetched"));
             self.state().settle(build_id, outcome);
             self.changed.notify_all();
@@ -491,7 +494,7 @@ pub(super) mod tests {
         }
     }
 
-    /// A server that does with each request, whose first line is given, what the test says.
+    /// A server that does with each request, whose head is given, what the test says.
     pub(in crate::symbolize) struct FakeServer {
         url: ServerUrl,
         pub(in crate::symbolize) requests: Arc<AtomicUsize>,
@@ -509,9 +512,9 @@ pub(super) mod tests {
                     counted.fetch_add(1, Ordering::Relaxed);
                     thread::spawn(move || {
                         let mut lines = BufReader::new(stream.try_clone().expect("a connection")).lines();
-                        let Some(Ok(first)) = lines.next() else { return };
-                        while lines.next().is_some_and(|line| line.is_ok_and(|line| !line.is_empty())) {}
-                        answer(&first, &mut stream);
+                        let line = || lines.next()?.ok().filter(|line| !line.is_empty());
+                        let head: Vec<_> = std::iter::from_fn(line).collect();
+                        answer(&head.join("\n"), &mut stream);
                     });
                 }
             });
@@ -580,11 +583,15 @@ pub(super) mod tests {
     fn files_are_fetched_once() {
         let scratch = Scratch::new("fetched");
         let server = FakeServer::start(|request, stream| {
-            assert_eq!(request, format!("GET /buildid/{}/debuginfo HTTP/1.1", "07".repeat(20)));
+            assert!(request.starts_with(&format!("GET /folder/buildid/{}/debuginfo HTTP/1.1", "07".repeat(20))));
+            // What Python's `base64.b64encode(b"user:secret")` says.
+            assert!(request.lines().any(|line| line.eq_ignore_ascii_case("authorization: Basic dXNlcjpzZWNyZXQ=")));
             drop(stream.write_all(&response("200 OK", &elf(&id(7), 3000))));
         });
         let folder = scratch.0.join("made/here");
-        let settings = Settings { cache_folder: folder.clone(), ..server.settings(&scratch) };
+        let url = server.url.to_string().replace("http://", "http://user:secret@") + "/folder/";
+        let urls = vec![url.parse().expect("a URL")];
+        let settings = Settings { urls, cache_folder: folder.clone(), ..server.settings(&scratch) };
         let client = Debuginfod::start(settings.clone()).expect("a client");
         assert!(matches!(client.debug_file(&id(7)), Answer::Pending));
         assert!(client.wait_until_settled(GUARD));
