@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-pub(crate) use super::runtime_code::fuzzing::{jitdump, perf_map};
+pub use super::runtime_code::fuzzing::{jitdump, perf_map};
 use super::{demangle::readable, symbols::FileSymbols};
 use crate::{
     elf,

@@ -9,12 +9,12 @@ use crate::fuzzing::{Input, file};
 const MOST: usize = 8;
 
 /// Perf maps, in whatever pieces they appear.
-pub(crate) fn perf_map(bytes: &[u8]) {
+pub fn perf_map(bytes: &[u8]) {
     check(RuntimeFileKind::PerfMap, bytes);
 }
 
 /// Jitdumps, in whatever pieces they appear.
-pub(crate) fn jitdump(bytes: &[u8]) {
+pub fn jitdump(bytes: &[u8]) {
     check(RuntimeFileKind::Jitdump, bytes);
 }
 
