@@ -39,7 +39,7 @@ use crate::{
     process::{ProcessTable, Published},
     profile::{Events, LocatedSample, Profile, RawSample, Tally},
     status::Stats,
-    symbolize::FrameNamer,
+    symbolize::{FrameNamer, SourceOptions},
     unwind_info::TableBuilder,
     waits::WaitBook,
 };
@@ -74,6 +74,8 @@ pub struct Options {
     pub window: Option<Duration>,
     /// Bytes for named frames and for symbols of files.
     pub names_bytes: usize,
+    /// Whether source lines and inlined functions are looked for.
+    pub source: SourceOptions,
     /// Most bytes of kernel memory for the rows of unwind tables.
     pub unwind_table_bytes: usize,
     /// Report when all of these processes have exited.
@@ -420,7 +422,7 @@ async fn flush_log(log: &mut Option<AsyncFd<DebugLog>>) {
 
 /// The second stage: names frames and fills windows until the collector is done.
 fn name_batches(batches: &Receiver<Batch>, profiles: &mpsc::Sender<Profile>, options: &Options, stats: &Stats) {
-    let mut namer = FrameNamer::new(options.names_bytes);
+    let mut namer = FrameNamer::new(options.names_bytes, options.source);
     let mut window = Window::open(options.events, options.period);
     for batch in batches {
         let frames = namer.name(&batch.samples);

@@ -17,13 +17,14 @@ use tracing::info;
 
 use super::{logging::Logging, output::Output};
 use crate::{
-    config::{DEFAULT_FREQUENCY, DEFAULT_WAITS, valid_frequency},
+    config::{DEFAULT_FREQUENCY, DEFAULT_WAITS, dwarf_bytes, valid_frequency},
     export::Format,
     kernel::{self, BufferRows, Kernel, WaitOptions, privileges},
     pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
     process::children_of,
     profile::{Events, Profile},
     status::Stats,
+    symbolize::SourceOptions,
     unwind_info::DEFAULT_TABLE_BYTES,
 };
 
@@ -56,6 +57,15 @@ pub(super) struct Arguments {
     /// Leave out waits that are shorter than this, for example 1ms.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "0s")]
     min_wait: Duration,
+    /// Look for source files and lines: in debug information, and in Go's tables.
+    #[arg(long)]
+    lines: bool,
+    /// Show functions that the compiler inlined as frames of their own.
+    #[arg(long)]
+    inlines: bool,
+    /// Most memory for debug information, MiB, where lines or inlined functions are looked for [default: 256].
+    #[arg(long, value_name = "MIB")]
+    dwarf_mib: Option<u32>,
     /// Form of the output; by default what its name ends in says (.svg, .folded, .pb.gz, .otlp).
     #[arg(long, value_enum)]
     format: Option<Format>,
@@ -80,6 +90,7 @@ const EXAMPLES: &str = "\
 Examples:
   profiler-agent record --output machine.svg
   profiler-agent record --duration 30s --pid 1234 --pid 5678 --output app.pb.gz
+  profiler-agent record --lines --inlines --output app.pb.gz -- ./app
   profiler-agent record --format folded --output - | sort -k2 -n
   profiler-agent record --output build.svg -- make -j8
 Ctrl-C ends a recording early; what was recorded is written.";
@@ -91,6 +102,7 @@ struct Recording {
     frequency: u64,
     events: Events,
     waits: WaitOptions,
+    source: SourceOptions,
     format: Format,
     output: Output,
     btf: PathBuf,
@@ -132,6 +144,7 @@ impl Arguments {
                 (PathBuf::from(name), format)
             }
         };
+        let bytes = dwarf_bytes(self.dwarf_mib)?;
         privileges::check()?;
         Ok(Recording {
             pids: self.pids,
@@ -139,6 +152,7 @@ impl Arguments {
             frequency,
             events: self.event,
             waits: WaitOptions { stacks_per_second: self.wait_stacks, min_duration: self.min_wait },
+            source: SourceOptions { lines: self.lines, inlines: self.inlines, bytes },
             format,
             output: Output::open(path)?,
             btf: self.btf,
@@ -154,7 +168,7 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
 }
 
 /// A PID that names no process is a mistake worth a sentence; so is a thread's.
-fn check_pid(pid: u32) -> anyhow::Result<()> {
+pub(super) fn check_pid(pid: u32) -> anyhow::Result<()> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))
         .map_err(|_| anyhow::anyhow!("there is no process with PID {pid}"))?;
     let tgid = status.lines().find_map(|line| line.strip_prefix("Tgid:")).map(str::trim);
@@ -202,6 +216,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
         period: Duration::from_nanos(1_000_000_000 / recording.frequency),
         window: None,
         names_bytes: NAMES_BYTES,
+        source: recording.source,
         unwind_table_bytes: DEFAULT_TABLE_BYTES,
         watch: (!watch.is_empty()).then_some(watch),
     };

@@ -8,7 +8,7 @@ use std::{fs, net::SocketAddr, path::Path, time::Duration};
 use anyhow::{Context as _, bail};
 use serde::Deserialize;
 
-use crate::{kernel::WaitOptions, profile::Events, unwind_info::DEFAULT_TABLE_BYTES};
+use crate::{kernel::WaitOptions, profile::Events, symbolize::SourceOptions, unwind_info::DEFAULT_TABLE_BYTES};
 
 /// Samples per second and CPU. Off the round hundred, so that sampling does not keep step with timers.
 pub const DEFAULT_FREQUENCY: u64 = 99;
@@ -24,12 +24,16 @@ const WINDOW_RANGE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1).
 /// Less than this would not hold the tables of one large program; more than this the kernel programs cannot address.
 const TABLE_MIB_RANGE: std::ops::RangeInclusive<u32> = 2..=(DEFAULT_TABLE_BYTES >> 20) as u32;
 
+/// Less would not hold the debug information of one small program; more than this is not bounded well.
+const DWARF_MIB_RANGE: std::ops::RangeInclusive<u32> = 16..=8192;
+
 /// The configuration file. Everything is optional.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct File {
     sampling: Sampling,
     unwind: Unwind,
+    symbolize: Symbolize,
     export: Export,
     status: Status,
 }
@@ -47,6 +51,14 @@ struct Sampling {
 #[serde(deny_unknown_fields, default)]
 struct Unwind {
     table_mib: Option<u32>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Symbolize {
+    lines: Option<bool>,
+    inlines: Option<bool>,
+    dwarf_mib: Option<u32>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -75,6 +87,12 @@ pub struct Overrides {
     pub min_wait: Option<Duration>,
     /// Most kernel memory for rows of unwind tables, MiB.
     pub table_mib: Option<u32>,
+    /// Whether source lines are looked for.
+    pub lines: Option<bool>,
+    /// Whether inlined functions are looked for.
+    pub inlines: Option<bool>,
+    /// Most memory for debug information, MiB.
+    pub dwarf_mib: Option<u32>,
     /// OTLP endpoint.
     pub endpoint: Option<String>,
     /// Length of a window.
@@ -94,6 +112,8 @@ pub struct Config {
     pub waits: WaitOptions,
     /// Most kernel memory for rows of unwind tables, bytes.
     pub table_bytes: usize,
+    /// Whether source lines and inlined functions are looked for.
+    pub source: SourceOptions,
     /// OTLP endpoint, gRPC.
     pub endpoint: String,
     /// How long samples are aggregated before they are exported.
@@ -158,6 +178,11 @@ impl Config {
                 min_duration: min_wait,
             },
             table_bytes: (table_mib as usize) << 20,
+            source: SourceOptions {
+                lines: overrides.lines.or(file.symbolize.lines).unwrap_or(false),
+                inlines: overrides.inlines.or(file.symbolize.inlines).unwrap_or(false),
+                bytes: dwarf_bytes(overrides.dwarf_mib.or(file.symbolize.dwarf_mib))?,
+            },
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
             endpoint: overrides.endpoint.or(file.export.endpoint).unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
             window,
@@ -171,6 +196,15 @@ fn parse(text: &str) -> anyhow::Result<File> {
         return Ok(File::default());
     }
     Ok(serde_saphyr::from_str(text)?)
+}
+
+/// Checks the most memory for debug information, MiB.
+pub fn dwarf_bytes(mib: Option<u32>) -> anyhow::Result<usize> {
+    let Some(mib) = mib else { return Ok(SourceOptions::DEFAULT_BYTES) };
+    if !DWARF_MIB_RANGE.contains(&mib) {
+        bail!("symbolize.dwarf_mib: {mib} is outside of {} to {} MiB", DWARF_MIB_RANGE.start(), DWARF_MIB_RANGE.end());
+    }
+    Ok((mib as usize) << 20)
 }
 
 /// Checks a sampling frequency against what is sensible and what the kernel allows.
@@ -211,6 +245,7 @@ mod tests {
             events: Events::OnCpu,
             waits: DEFAULT_WAITS,
             table_bytes: 64 << 20,
+            source: SourceOptions::default(),
             endpoint: DEFAULT_ENDPOINT.to_owned(),
             window: DEFAULT_WINDOW,
             status: "127.0.0.1:7081".parse().expect("an address"),
@@ -233,6 +268,11 @@ mod tests {
             }),
         );
         check(
+            "symbolize:\n  lines: true\n  dwarf_mib: 32\n",
+            Overrides { inlines: Some(true), ..Overrides::default() },
+            Ok(Config { source: SourceOptions { lines: true, inlines: true, bytes: 32 << 20 }, ..default() }),
+        );
+        check(
             "sampling:\n  frequency: 49\nexport:\n  window: 1m\n",
             Overrides { frequency: Some(19), ..Overrides::default() },
             Ok(Config { frequency: 19, window: Duration::from_secs(60), ..default() }),
@@ -248,6 +288,7 @@ mod tests {
         check("export:\n  window: soon\n", Overrides::default(), Err("export.window"));
         check("export:\n  window: 1ms\n", Overrides::default(), Err("1s to 10m"));
         check("unwind:\n  table_mib: 1000\n", Overrides::default(), Err("unwind.table_mib"));
+        check("symbolize:\n  dwarf_mib: 1\n", Overrides::default(), Err("symbolize.dwarf_mib"));
         check("status:\n  listen: nowhere\n", Overrides::default(), Err("status.listen"));
         check("", Overrides { frequency: Some(0), ..Overrides::default() }, Err("at least 1"));
     }

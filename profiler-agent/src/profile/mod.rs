@@ -13,7 +13,7 @@ pub use self::{
     address::{CodeAddress, FileOffset, VirtualAddress},
     events::{Events, Tally},
     executable::{Executable, ExecutableId, Segment},
-    frame::{Frame, FrameName, FrameType, FunctionName, Nameless, printable},
+    frame::{Frame, FrameName, FrameType, FunctionName, InlinedFunction, Nameless, SourceLine, printable},
     located::{LocatedSample, Location, ProcessInfo},
     raw::{DecodeError, RawSample, WaitDue, Waited},
     sample::{Profile, Sample},

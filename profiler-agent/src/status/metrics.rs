@@ -10,7 +10,10 @@ use std::{
 use profiler_common::abi::{counter::Counter, sample::EventKind};
 
 use super::Stats;
-use crate::{profile::Nameless, symbolize::SymbolSource};
+use crate::{
+    profile::Nameless,
+    symbolize::{NoSource, SymbolSource},
+};
 
 const PREFIX: &str = "profiler_agent_";
 
@@ -89,6 +92,16 @@ pub(super) fn render(stats: &Stats) -> String {
     page.gauge("symbol_bytes", "Bytes that symbols of files take.", symbolize.symbol_bytes);
     page.counter("symbols_read", "Times the symbols of a file were read.", symbolize.symbols_read);
     page.counter("symbols_evicted", "Files whose symbols were dropped to keep the budget.", symbolize.symbols_evicted);
+    let source = symbolize.source;
+    page.gauge("debug_info_bytes", "Estimated bytes that debug information of files takes.", source.bytes);
+    page.counter("debug_info_read", "Times the debug information of a file was looked for.", source.read);
+    page.counter("debug_info_evicted", "Files whose debug information was dropped to keep the budget.", source.evicted);
+    page.labelled(
+        "debug_info_missing",
+        "Files whose debug information says nothing, by reason.",
+        NoSource::ALL
+            .map(|reason| (format!("reason=\"{}\"", reason.label()), source.by_reason[reason as usize].to_string())),
+    );
     page.counter("frame_cache_evictions", "Times half of the frame cache was dropped.", symbolize.cache_evictions);
     page.gauge("frame_cache_bytes", "Estimated bytes of named frames kept.", symbolize.cache_bytes);
 

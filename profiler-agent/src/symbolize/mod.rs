@@ -8,6 +8,7 @@ mod cache;
 mod demangle;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
+mod source;
 mod symbols;
 
 use std::{
@@ -24,10 +25,14 @@ use blazesym::{
 };
 use tracing::debug;
 
-pub use self::symbols::SymbolSource;
 use self::{
     cache::{FrameCache, FrameKey},
+    source::SourceStore,
     symbols::SymbolStore,
+};
+pub use self::{
+    source::{NoSource, SourceOptions, SourceStats},
+    symbols::SymbolSource,
 };
 use crate::profile::{Executable, FileOffset, Frame, FrameName, FrameType, LocatedSample, Location, Nameless};
 
@@ -51,6 +56,8 @@ pub struct SymbolizeStats {
     pub symbols_read: u64,
     /// See [`Self::symbols_read`].
     pub symbols_evicted: u64,
+    /// Source lines and inlined functions.
+    pub source: SourceStats,
     /// Bytes the frame cache holds, estimated.
     pub cache_bytes: usize,
     /// Times half of the frame cache was dropped to keep its budget.
@@ -62,18 +69,21 @@ pub struct FrameNamer {
     symbolizer: Symbolizer,
     cache: FrameCache,
     symbols: SymbolStore,
+    /// `None` where neither source lines nor inlined functions are asked for.
+    sources: Option<SourceStore>,
     /// What [`MODULES`] said when kernel symbols were read.
     modules: Vec<u8>,
     stats: SymbolizeStats,
 }
 
 impl FrameNamer {
-    /// A namer whose frames and symbols take about `budget` bytes, half of them each.
-    pub fn new(budget: usize) -> Self {
+    /// A namer whose frames and symbols take about `budget` bytes, half of them each; debug information comes on top.
+    pub fn new(budget: usize, source: SourceOptions) -> Self {
         Self {
             symbolizer: kernel_symbolizer(),
             cache: FrameCache::new(budget / 2),
             symbols: SymbolStore::new(budget / 2),
+            sources: SourceStore::new(source),
             modules: std::fs::read(MODULES).unwrap_or_default(),
             stats: SymbolizeStats::default(),
         }
@@ -86,6 +96,14 @@ impl FrameNamer {
         samples.iter().map(|sample| sample.locations.iter().map(|location| self.frame(location)).collect()).collect()
     }
 
+    /// What names a place, for people.
+    pub fn source_of(&mut self, location: &Location) -> &'static str {
+        let Location::File { executable, offset } = location else { return "kernel symbols" };
+        let symbols = self.symbols.of(executable).zip(executable.virtual_address(*offset));
+        let found = symbols.and_then(|(symbols, address)| Some(symbols.name(address.0).ok()?.1));
+        found.unwrap_or(SymbolSource::DebugInfo).label()
+    }
+
     /// Counts so far.
     pub fn stats(&self) -> SymbolizeStats {
         let (symbol_bytes, symbols_read, symbols_evicted) = self.symbols.stats();
@@ -95,6 +113,7 @@ impl FrameNamer {
             symbol_bytes,
             symbols_read,
             symbols_evicted,
+            source: self.sources.as_ref().map(SourceStore::stats).unwrap_or_default(),
             ..self.stats
         }
     }
@@ -130,10 +149,7 @@ impl FrameNamer {
         let source = Source::Kernel(Kernel { vmlinux: MaybeDefault::None, debug_syms: false, ..Kernel::default() });
         let names = names_of(self.symbolizer.symbolize(&source, Input::AbsAddr(addresses)), addresses.len());
         for (&address, name) in addresses.iter().zip(names) {
-            self.add(
-                FrameKey::Kernel(address),
-                Frame { frame_type: FrameType::Kernel, name, executable: None, address },
-            );
+            self.add(FrameKey::Kernel(address), Frame::new(FrameType::Kernel, name, None, address));
         }
     }
 
@@ -146,20 +162,32 @@ impl FrameNamer {
                 (Some(symbols), Some(address)) => symbols.name(address.0),
                 _ => Err(Nameless::Unreadable),
             };
+            let sources = self.sources.as_mut().zip(stated);
+            let source = sources.map(|(sources, address)| sources.at(executable, address.0)).unwrap_or_default();
             let name = match found {
                 Ok((name, source)) => {
                     self.stats.by_source[source as usize] += 1;
                     FrameName::Function(demangle::function(name))
                 }
-                Err(reason) => {
-                    self.stats.by_reason[reason as usize] += 1;
-                    FrameName::Unnamed(reason)
-                }
+                Err(reason) => match source.function {
+                    Some(name) => {
+                        self.stats.by_source[SymbolSource::DebugInfo as usize] += 1;
+                        FrameName::Function(name)
+                    }
+                    None => {
+                        self.stats.by_reason[reason as usize] += 1;
+                        FrameName::Unnamed(reason)
+                    }
+                },
             };
             let address = stated.map_or(offset.0, |address| address.0);
             self.add(
                 FrameKey::File(executable.id, offset),
-                Frame { frame_type: FrameType::Native, name, executable: Some(Arc::clone(executable)), address },
+                Frame {
+                    place: source.place,
+                    inlined: source.inlined,
+                    ..Frame::new(FrameType::Native, name, Some(Arc::clone(executable)), address)
+                },
             );
         }
     }
@@ -194,7 +222,7 @@ impl FrameNamer {
             }
         };
         self.stats.frames_unnamed += 1;
-        let frame = Arc::new(Frame { frame_type: FrameType::Native, name, executable, address });
+        let frame = Arc::new(Frame::new(FrameType::Native, name, executable, address));
         self.cache.insert(key, Arc::clone(&frame));
         frame
     }
@@ -202,6 +230,9 @@ impl FrameNamer {
     /// Lets go of files that were closed, and of kernel symbols when modules came or went.
     fn forget_stale(&mut self) {
         self.symbols.forget_closed();
+        if let Some(sources) = &mut self.sources {
+            sources.forget_closed();
+        }
         let modules = std::fs::read(MODULES).unwrap_or_default();
         if modules != self.modules {
             debug!("kernel modules changed: symbols are read again");
@@ -222,7 +253,7 @@ fn kernel_symbolizer() -> Symbolizer {
 }
 
 fn unnamed(frame_type: FrameType, address: u64, executable: Option<Arc<Executable>>) -> Arc<Frame> {
-    Arc::new(Frame { frame_type, name: FrameName::Unnamed(Nameless::Unreadable), executable, address })
+    Arc::new(Frame::new(frame_type, FrameName::Unnamed(Nameless::Unreadable), executable, address))
 }
 
 /// Names in the order of the request; a failed call names nothing.

@@ -31,12 +31,14 @@ pub enum SymbolSource {
     DynamicSymbols,
     /// The table of Go's runtime.
     GoTable,
+    /// Debug information, where it was asked for lines or inlined functions and no symbol covers the place.
+    DebugInfo,
 }
 
 impl SymbolSource {
     /// Every source, in the order of their numbers.
-    pub const ALL: [Self; 5] =
-        [Self::SymbolTable, Self::DebugFile, Self::MiniDebugInfo, Self::DynamicSymbols, Self::GoTable];
+    pub const ALL: [Self; 6] =
+        [Self::SymbolTable, Self::DebugFile, Self::MiniDebugInfo, Self::DynamicSymbols, Self::GoTable, Self::DebugInfo];
 
     /// Its name for people and metrics.
     pub const fn label(self) -> &'static str {
@@ -46,6 +48,7 @@ impl SymbolSource {
             Self::MiniDebugInfo => "MiniDebugInfo",
             Self::DynamicSymbols => "dynamic symbols",
             Self::GoTable => "Go table",
+            Self::DebugInfo => "debug information",
         }
     }
 }
