@@ -3,11 +3,12 @@
 use std::{
     collections::{HashMap, VecDeque},
     fs::{self, File, OpenOptions},
-    io::{Read as _, Seek as _, SeekFrom, Write as _},
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     os::{
         fd::AsRawFd as _,
         unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
+    path::Path,
     sync::{Arc, Mutex},
 };
 
@@ -210,16 +211,30 @@ impl Executables {
     }
 }
 
+/// An executable file that nothing has to map; `None` where it is none that is understood.
+pub fn open_executable(path: &Path) -> io::Result<Option<Arc<Executable>>> {
+    let file = open_regular(path)?;
+    let executable = elf::summarize(&file).map(|summary| Executable {
+        id: ExecutableId(0),
+        table: 0,
+        path: path.to_string_lossy().into_owned(),
+        build_id: summary.build_id,
+        segments: summary.segments.into(),
+        file: Mutex::new(Some(Arc::new(file))),
+    });
+    Ok(executable.map(Arc::new))
+}
+
 /// Opens the file behind a mapping. The kernel's link to it is exact even when its path was deleted,
 /// replaced or is in another mount namespace; the path inside the process's root is the fallback where that
 /// link needs more privileges than we have.
 fn open(tgid: u32, line: &MapsLine) -> Option<File> {
     let link = format!("/proc/{tgid}/map_files/{:x}-{:x}", line.start, line.end);
     let by_path = || {
-        let file = open_regular(&format!("/proc/{tgid}/root{}", line.path))?;
+        let file = open_regular(Path::new(&format!("/proc/{tgid}/root{}", line.path))).ok()?;
         (file.metadata().ok()?.ino() == line.inode).then_some(file)
     };
-    let file = open_regular(&link).or_else(by_path);
+    let file = open_regular(Path::new(&link)).ok().or_else(by_path);
     if file.is_none() {
         debug!("{} cannot be opened; its frames stay unnamed", line.path);
     }
@@ -228,16 +243,15 @@ fn open(tgid: u32, line: &MapsLine) -> Option<File> {
 
 /// Opens a regular file and nothing else: opening a pipe may block, opening a device may do anything. The path
 /// is looked up once, without opening what it names, so that it cannot become something else in between.
-fn open_regular(path: &str) -> Option<File> {
-    let place = OpenOptions::new().read(true).custom_flags(nix::libc::O_PATH).open(path).ok()?;
-    if !place.metadata().ok()?.is_file() {
-        return None;
+fn open_regular(path: &Path) -> io::Result<File> {
+    let place = OpenOptions::new().read(true).custom_flags(nix::libc::O_PATH).open(path)?;
+    if !place.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
     }
     OpenOptions::new()
         .read(true)
         .custom_flags(nix::libc::O_NONBLOCK)
         .open(format!("/proc/self/fd/{}", place.as_raw_fd()))
-        .ok()
 }
 
 fn copy_own_vdso() -> Option<File> {

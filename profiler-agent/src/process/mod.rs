@@ -13,6 +13,7 @@ mod published;
 mod table;
 
 pub use self::{
+    executables::open_executable,
     proc_fs::children_of,
     published::{Change, MappingMaps, Published},
     table::{NewMapping, ProcessTable, TableStats},
