@@ -57,10 +57,10 @@ pub(super) struct Arguments {
 }
 
 const EXAMPLES: &str = "\
-Each address has a line of columns separated by tabs:
-  the address, the function, its file+0xADDRESS (as the file states it), what named it, and its file:line
-  (with --lines). What is not known is a dash; then what named it is the reason. With --inlines, lines of
-  inlined functions come first, named by `inlined`.
+Each address has a line of columns separated by tabs: the address, the function, its
+file+0xADDRESS (as the file states it), what named it, and with --lines its file:line.
+What is not known is a dash, and then the reason stands for what named it. With --inlines,
+lines of inlined functions come first, named by `inlined`.
 
 Examples:
   profiler-agent symbolize --pid 1234 7f2a4c0291f0 0x55d0c8a01234

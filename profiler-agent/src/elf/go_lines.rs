@@ -163,3 +163,91 @@ impl GoTable {
         (!text.is_empty()).then(|| text.to_owned())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAMES: &[u8] = b"main.outer\0main.inner\0";
+    const FILES: &[u8] = b"main.go\0";
+    /// Nothing, then: the first file for 32 bytes; line 10 for 8 bytes, 3 for 8, 12 for 16; what is inlined: nothing for 8
+    /// bytes, the first entry for 8, nothing for 16.
+    const VALUES: &[u8] = &[0, 2, 32, 0, 22, 8, 13, 8, 18, 16, 0, 0, 8, 2, 8, 1, 16, 0];
+    /// The function that is inlined, the place of its call in the outer one, and the line at which it begins.
+    const TREE: [u32; 4] = [0, 11, 4, 2];
+
+    fn halves(halves: &[u32]) -> Vec<u8> {
+        halves.iter().flat_map(|half| half.to_le_bytes()).collect()
+    }
+
+    /// A table of Go 1.20 and later with one function, at 0x1000.
+    fn table() -> Vec<u8> {
+        let names = 8 + 8 * 8;
+        let packages = names + NAMES.len();
+        let files = packages + 4;
+        let values = files + FILES.len();
+        let functions = values + VALUES.len();
+        let mut bytes = vec![0xf1, 0xff, 0xff, 0xff, 0, 0, 1, 8];
+        for word in [1, 1, 0x1000, names, packages, files, values, functions] {
+            bytes.extend((word as u64).to_le_bytes());
+        }
+        bytes.extend([NAMES, &[0; 4], FILES, VALUES].concat());
+        bytes.extend(halves(&[0, 12, 32]));
+        // Address, name, two that do not matter, depths, files, lines, number of values, package, first line.
+        bytes.extend(halves(&[0, 0, 0, 0, 0, 1, 4, 3, 0, 9]));
+        bytes.extend([0, 0, 0, 4]);
+        bytes.extend(halves(&[0, 0, 11, u32::MAX, u32::MAX, u32::MAX, 0]));
+        bytes
+    }
+
+    fn check(bytes: &[u8], address: u64, expect: &[(&str, u32, u32)]) {
+        let mut table = GoTable::parse(bytes.to_vec()).expect("a table");
+        table.inline_trees = Some(0);
+        let tree = halves(&TREE);
+        let read = |place: u64, into: &mut [u8]| {
+            into.copy_from_slice(tree.get(place as usize..)?.get(..into.len())?);
+            Some(())
+        };
+        let calls = table.calls_at(address, read).unwrap_or_default();
+        let calls: Vec<_> = calls
+            .iter()
+            .map(|call| {
+                assert_eq!(call.file.as_deref(), Some("main.go"));
+                (call.name.as_deref().unwrap_or_default(), call.line, call.start_line)
+            })
+            .collect();
+        assert_eq!(calls, expect, "{address:#x}");
+    }
+
+    /// Lines, and where the inlined function was called.
+    #[test]
+    fn reads_lines_and_what_is_inlined() {
+        let table = table();
+        check(&table, 0x1000, &[("main.outer", 10, 9)]);
+        check(&table, 0x1008, &[("main.inner", 3, 2), ("main.outer", 10, 9)]);
+        check(&table, 0x101f, &[("main.outer", 12, 9)]);
+        check(&table, 0xfff, &[]);
+        check(&table, 0x1020, &[]);
+    }
+
+    /// However the table is cut or changed, reading it ends.
+    #[test]
+    fn survives_broken_tables() {
+        let table = table();
+        for place in 0..table.len() {
+            for byte in [0, 1, 0x80, 0xff] {
+                let mut broken = table.clone();
+                broken[place] = byte;
+                for bytes in [&broken[..], &table[..place]] {
+                    let Some(mut broken) = GoTable::parse(bytes.to_vec()) else { continue };
+                    broken.inline_trees = Some(0);
+                    let calls = broken.calls_at(0x1008, |_, into| {
+                        into.fill(byte);
+                        Some(())
+                    });
+                    assert!(calls.is_none_or(|calls| calls.len() <= MAX_DEPTH + 1));
+                }
+            }
+        }
+    }
+}
