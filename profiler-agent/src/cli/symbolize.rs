@@ -9,13 +9,14 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueHint};
+use tracing::info;
 
 use super::record::check_pid;
 use crate::{
     config::dwarf_bytes,
     process::{ProcessTable, open_executable},
     profile::{Executable, FileOffset, Frame, FrameName, FunctionName, LocatedSample, Location, SourceLine, printable},
-    symbolize::{FrameNamer, SourceOptions},
+    symbolize::{FrameNamer, NoSource, SourceOptions},
 };
 
 const NAMES_BYTES: usize = 64 << 20;
@@ -123,6 +124,11 @@ pub(super) fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
         printer.print(numbers)?;
     }
     printer.out.flush().context("standard output cannot be written")?;
+    for (reason, files) in NoSource::ALL.iter().zip(printer.namer.stats().source.by_reason) {
+        if files != 0 {
+            info!("files without source lines: {files} ({})", reason.label());
+        }
+    }
     Ok(ExitCode::SUCCESS)
 }
 
