@@ -20,7 +20,7 @@ pub use crate::{
     config::fuzzing::config,
     kernel::fuzzing::{btf, mmap_record},
     process::fuzzing::{mappings, notices, proc_text},
-    symbolize::fuzzing::{demangle, jitdump, perf_map, symbols},
+    symbolize::fuzzing::{debug_info, demangle, go_lines, jitdump, perf_map, symbols},
     unwind_info::fuzzing::{debug_frame, eh_frame, executable, go_table, guessed_code, sections, table},
 };
 use crate::{elf, profile::RawSample};

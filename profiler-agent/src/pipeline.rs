@@ -39,7 +39,7 @@ use crate::{
     process::{ProcessTable, Published},
     profile::{Events, KernelCode, LocatedSample, Profile, RawSample, Tally},
     status::Stats,
-    symbolize::{FrameNamer, debuginfod::Debuginfod},
+    symbolize::{FrameNamer, SourceOptions, debuginfod::Debuginfod},
     unwind_info::TableBuilder,
     waits::WaitBook,
 };
@@ -83,6 +83,8 @@ pub struct Options {
     pub names_bytes: usize,
     /// Who is asked for debug files that this machine does not have.
     pub debuginfod: Option<Arc<Debuginfod>>,
+    /// Whether source lines and inlined functions are looked for.
+    pub source: SourceOptions,
     /// Most bytes of kernel memory for the rows of unwind tables.
     pub unwind_table_bytes: usize,
     /// Report when all of these processes have exited.
@@ -445,7 +447,7 @@ async fn flush_log(log: &mut Option<AsyncFd<DebugLog>>) {
 
 /// The second stage: names frames and fills windows until the collector is done.
 fn name_batches(batches: &Receiver<Batch>, profiles: &mpsc::Sender<Profile>, options: &Options, stats: &Stats) {
-    let mut namer = FrameNamer::new(options.names_bytes, options.debuginfod.clone());
+    let mut namer = FrameNamer::new(options.names_bytes, options.debuginfod.clone(), options.source);
     let mut window = Window::open(options.events, options.period);
     let patience = if options.window.is_some() { NAMING_PATIENCE } else { LAST_PATIENCE };
     for batch in batches {

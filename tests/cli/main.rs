@@ -1,5 +1,7 @@
 //! Bad input gets one clear sentence and a non-zero exit code; nothing here needs privileges to sample.
 
+mod symbolize;
+
 use std::process::{Command, Output};
 
 use profiler_tests::{agent, record, run, scratch, stderr, stdout};
@@ -168,7 +170,9 @@ fn unknown_command() {
 /// Every command explains itself, with examples.
 #[test]
 fn help_has_examples() {
-    for arguments in [&["--help"][..], &["record", "--help"], &["run", "--help"], &["check", "--help"]] {
+    for arguments in
+        [&["--help"][..], &["record", "--help"], &["run", "--help"], &["check", "--help"], &["symbolize", "--help"]]
+    {
         let output = run(Command::new(agent()).args(arguments));
         assert!(output.status.success());
         assert!(stdout(&output).contains("Examples:"), "{arguments:?}");

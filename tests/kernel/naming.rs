@@ -7,7 +7,7 @@ use std::{
 };
 
 use profiler_tests::{
-    Folded, Native, folded, kernel_is_usable, native, record, run, scratch, stderr, stdout, workload,
+    Folded, Native, folded, kernel_is_usable, native, record, run, scratch, stderr, stdout, total, workload,
 };
 
 /// Seconds that each program runs for.
@@ -64,6 +64,33 @@ fn functions_are_named() {
     check_named("rust", &native(Native::Rust), &[SECONDS]);
     check_named("go", &native(Native::Go), &["allocate", SECONDS]);
     check_named("go, stripped", &native(Native::GoStripped), &["allocate", SECONDS]);
+}
+
+/// On request, what is inlined is a frame between its caller and what it calls, and places in files are exported.
+#[test]
+fn inlined_functions_are_frames() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let binary = workload("inlined");
+    let chain = |stacks: &[Folded]| {
+        let has_chain =
+            |stack: &Folded| stack.frames.windows(3).any(|three| three == ["outermost", "middle", "innermost"]);
+        (total(stacks, has_chain), total(stacks, |stack| stack.frames.iter().any(|frame| frame == "outermost")))
+    };
+    let flags = ["--frequency", "499", "--inlines", "--output", "-", "--"];
+    let outcome = run(record(&flags).arg(&binary).arg(SECONDS));
+    let (inlined, all) = chain(&folded(&stdout(&outcome)));
+    println!("inlined: {inlined} of {all} stacks");
+    assert!(all > 500 && inlined * 10 > all * 9, "{}", stderr(&outcome));
+    // Nobody asked.
+    let (inlined, all) = chain(&record_program(&binary, &[SECONDS]));
+    assert!(all > 500 && inlined == 0, "{inlined} of {all}");
+    let profile = scratch("inlined").join("profile.pb.gz");
+    let outcome = run(record(&["--lines", "--inlines", "--output"]).arg(&profile).arg("--").arg(&binary).arg(SECONDS));
+    assert!(outcome.status.success(), "{}", stderr(&outcome));
+    let text = stdout(&run(Command::new("go").args(["tool", "pprof", "-lines", "-top"]).arg(&profile)));
+    assert!(text.contains("tests/workloads/inlined.c:12 (inline)"), "{text}");
 }
 
 /// A copy of the C program without symbols.

@@ -6,6 +6,7 @@ mod logging;
 mod output;
 mod record;
 mod run;
+mod symbolize;
 
 use std::process::ExitCode;
 
@@ -35,13 +36,15 @@ Examples:
   profiler-agent record --pid 1234 --output app.pb.gz     one process and its children, for go tool pprof
   profiler-agent record --output build.svg -- make        a command from start to end
   profiler-agent run                                      the daemon: OTLP to http://127.0.0.1:4317
-  profiler-agent check                                    what this machine allows";
+  profiler-agent check                                    what this machine allows
+  profiler-agent symbolize --file app --lines 0x1f40      what is at a place in a file or process";
 
 #[derive(Debug, Subcommand)]
 enum Command {
     Record(record::Arguments),
     Run(run::Arguments),
     Check(check::Arguments),
+    Symbolize(symbolize::Arguments),
 }
 
 /// Runs the command line's command. Errors are one sentence on standard error.
@@ -54,6 +57,7 @@ pub fn main() -> ExitCode {
         Command::Record(record) => record::main(record, logging),
         Command::Run(run) => run::main(run, logging),
         Command::Check(check) => check::main(&check),
+        Command::Symbolize(symbolize) => symbolize::main(symbolize),
     };
     match outcome {
         Ok(code) => code,

@@ -17,14 +17,14 @@ use tracing::info;
 
 use super::{debuginfod::DebuginfodOptions, logging::Logging, output::Output};
 use crate::{
-    config::{DEFAULT_FREQUENCY, DEFAULT_WAITS, valid_frequency},
+    config::{DEFAULT_FREQUENCY, DEFAULT_WAITS, dwarf_bytes, valid_frequency},
     export::Format,
     kernel::{self, BufferRows, Kernel, WaitOptions, privileges},
     pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
     process::children_of,
     profile::{Events, Profile},
     status::Stats,
-    symbolize::debuginfod::Debuginfod,
+    symbolize::{SourceOptions, debuginfod::Debuginfod},
     unwind_info::DEFAULT_TABLE_BYTES,
 };
 
@@ -59,6 +59,15 @@ pub(super) struct Arguments {
     min_wait: Duration,
     #[command(flatten)]
     debuginfod: DebuginfodOptions,
+    /// Look for source files and lines: in debug information, and in Go's tables.
+    #[arg(long)]
+    lines: bool,
+    /// Show functions that the compiler inlined as frames of their own.
+    #[arg(long)]
+    inlines: bool,
+    /// Most memory for debug information, MiB, where lines or inlined functions are looked for [default: 256].
+    #[arg(long, value_name = "MIB")]
+    dwarf_mib: Option<u32>,
     /// Form of the output; by default what its name ends in says (.svg, .folded, .pb.gz, .otlp).
     #[arg(long, value_enum)]
     format: Option<Format>,
@@ -83,6 +92,7 @@ const EXAMPLES: &str = "\
 Examples:
   profiler-agent record --output machine.svg
   profiler-agent record --duration 30s --pid 1234 --pid 5678 --output app.pb.gz
+  profiler-agent record --lines --inlines --output app.pb.gz -- ./app
   profiler-agent record --format folded --output - | sort -k2 -n
   profiler-agent record --output build.svg -- make -j8
 Ctrl-C ends a recording early; what was recorded is written.";
@@ -95,6 +105,7 @@ struct Recording {
     events: Events,
     waits: WaitOptions,
     debuginfod: Option<Arc<Debuginfod>>,
+    source: SourceOptions,
     format: Format,
     output: Output,
     btf: PathBuf,
@@ -137,6 +148,7 @@ impl Arguments {
             }
         };
         let debuginfod = self.debuginfod.settings().validate()?;
+        let bytes = dwarf_bytes(self.dwarf_mib)?;
         privileges::check()?;
         let debuginfod = debuginfod.map(Debuginfod::start).transpose().context("debuginfod cannot be used")?;
         Ok(Recording {
@@ -146,6 +158,7 @@ impl Arguments {
             events: self.event,
             waits: WaitOptions { stacks_per_second: self.wait_stacks, min_duration: self.min_wait },
             debuginfod: debuginfod.map(Arc::new),
+            source: SourceOptions { lines: self.lines, inlines: self.inlines, bytes },
             format,
             output: Output::open(path)?,
             btf: self.btf,
@@ -161,7 +174,7 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
 }
 
 /// A PID that names no process is a mistake worth a sentence; so is a thread's.
-fn check_pid(pid: u32) -> anyhow::Result<()> {
+pub(super) fn check_pid(pid: u32) -> anyhow::Result<()> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))
         .map_err(|_| anyhow::anyhow!("there is no process with PID {pid}"))?;
     let tgid = status.lines().find_map(|line| line.strip_prefix("Tgid:")).map(str::trim);
@@ -210,6 +223,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
         window: None,
         names_bytes: NAMES_BYTES,
         debuginfod: recording.debuginfod.take(),
+        source: recording.source,
         unwind_table_bytes: DEFAULT_TABLE_BYTES,
         watch: (!watch.is_empty()).then_some(watch),
     };

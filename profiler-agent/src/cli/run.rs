@@ -55,6 +55,15 @@ pub(super) struct Arguments {
     unwind_table_mib: Option<u32>,
     #[command(flatten)]
     debuginfod: DebuginfodOptions,
+    /// Look for source files and lines: in debug information, and in Go's tables.
+    #[arg(long, env = "PROFILER_LINES", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    lines: Option<bool>,
+    /// Show functions that the compiler inlined as frames of their own.
+    #[arg(long, env = "PROFILER_INLINES", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    inlines: Option<bool>,
+    /// Most memory for debug information, MiB, where lines or inlined functions are looked for.
+    #[arg(long, env = "PROFILER_DWARF_MIB", value_name = "MIB")]
+    dwarf_mib: Option<u32>,
     /// OTLP gRPC endpoint that profiles are sent to. OTEL_EXPORTER_OTLP_ENDPOINT is used where this is not set.
     #[arg(long, env = "OTEL_EXPORTER_OTLP_PROFILES_ENDPOINT", value_name = "URL")]
     endpoint: Option<String>,
@@ -84,6 +93,9 @@ Configuration file, with the defaults:
   unwind:
     table_mib: 64
   symbolize:
+    lines: false
+    inlines: false
+    dwarf_mib: 256
     debuginfod:
       urls: []
       cache: /var/cache/profiler-agent/debuginfod
@@ -104,6 +116,9 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
         min_wait: arguments.min_wait,
         table_mib: arguments.unwind_table_mib,
         debuginfod: arguments.debuginfod.settings(),
+        lines: arguments.lines,
+        inlines: arguments.inlines,
+        dwarf_mib: arguments.dwarf_mib,
         endpoint: arguments.endpoint.or_else(|| std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok()),
         window: arguments.window,
         status: arguments.status_listen,
@@ -164,6 +179,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         window: Some(config.window),
         names_bytes: NAMES_BYTES,
         debuginfod: debuginfod.map(Arc::new),
+        source: config.source,
         unwind_table_bytes: config.table_bytes,
         watch: None,
     };

@@ -13,7 +13,12 @@ use std::{
 use anyhow::{Context as _, bail};
 use serde::Deserialize;
 
-use crate::{kernel::WaitOptions, profile::Events, symbolize::debuginfod, unwind_info::DEFAULT_TABLE_BYTES};
+use crate::{
+    kernel::WaitOptions,
+    profile::Events,
+    symbolize::{SourceOptions, debuginfod},
+    unwind_info::DEFAULT_TABLE_BYTES,
+};
 
 /// Samples per second and CPU. Off the round hundred, so that sampling does not keep step with timers.
 pub const DEFAULT_FREQUENCY: u64 = 99;
@@ -36,6 +41,8 @@ const DEFAULT_DEBUGINFOD_CACHE_MIB: u64 = 1024;
 const DEBUGINFOD_CACHE_MIB_RANGE: std::ops::RangeInclusive<u64> = 16..=1 << 20;
 /// How long a debug file may take to arrive: half a gigabyte at a few megabytes a second.
 const DEBUGINFOD_TIMEOUT: Duration = Duration::from_secs(120);
+/// Less would not hold the debug information of one small program; more than this is not bounded well.
+const DWARF_MIB_RANGE: std::ops::RangeInclusive<u32> = 16..=8192;
 
 /// The configuration file. Everything is optional.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -66,6 +73,9 @@ struct Unwind {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Symbolize {
+    lines: Option<bool>,
+    inlines: Option<bool>,
+    dwarf_mib: Option<u32>,
     debuginfod: Debuginfod,
 }
 
@@ -115,6 +125,12 @@ pub struct Overrides {
     pub table_mib: Option<u32>,
     /// Where debug files come from.
     pub debuginfod: Debuginfod,
+    /// Whether source lines are looked for.
+    pub lines: Option<bool>,
+    /// Whether inlined functions are looked for.
+    pub inlines: Option<bool>,
+    /// Most memory for debug information, MiB.
+    pub dwarf_mib: Option<u32>,
     /// OTLP endpoint.
     pub endpoint: Option<String>,
     /// Length of a window.
@@ -136,6 +152,8 @@ pub struct Config {
     pub table_bytes: usize,
     /// Where debug files come from that this machine does not have; `None`: from nowhere.
     pub debuginfod: Option<debuginfod::Settings>,
+    /// Whether source lines and inlined functions are looked for.
+    pub source: SourceOptions,
     /// OTLP endpoint, gRPC.
     pub endpoint: String,
     /// How long samples are aggregated before they are exported.
@@ -201,6 +219,11 @@ impl Config {
             },
             table_bytes: (table_mib as usize) << 20,
             debuginfod: overrides.debuginfod.over(file.symbolize.debuginfod).validate()?,
+            source: SourceOptions {
+                lines: overrides.lines.or(file.symbolize.lines).unwrap_or(false),
+                inlines: overrides.inlines.or(file.symbolize.inlines).unwrap_or(false),
+                bytes: dwarf_bytes(overrides.dwarf_mib.or(file.symbolize.dwarf_mib))?,
+            },
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
             endpoint: overrides.endpoint.or(file.export.endpoint).unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
             window,
@@ -257,6 +280,15 @@ fn parse(text: &str) -> anyhow::Result<File> {
     Ok(serde_saphyr::from_str(text)?)
 }
 
+/// Checks the most memory for debug information, MiB.
+pub fn dwarf_bytes(mib: Option<u32>) -> anyhow::Result<usize> {
+    let Some(mib) = mib else { return Ok(SourceOptions::DEFAULT_BYTES) };
+    if !DWARF_MIB_RANGE.contains(&mib) {
+        bail!("symbolize.dwarf_mib: {mib} is outside of {} to {} MiB", DWARF_MIB_RANGE.start(), DWARF_MIB_RANGE.end());
+    }
+    Ok((mib as usize) << 20)
+}
+
 /// Checks a sampling frequency against what is sensible and what the kernel allows.
 pub fn valid_frequency(frequency: u64) -> anyhow::Result<u64> {
     const KERNEL_LIMIT: &str = "/proc/sys/kernel/perf_event_max_sample_rate";
@@ -296,6 +328,7 @@ mod tests {
             waits: DEFAULT_WAITS,
             table_bytes: 64 << 20,
             debuginfod: None,
+            source: SourceOptions::default(),
             endpoint: DEFAULT_ENDPOINT.to_owned(),
             window: DEFAULT_WINDOW,
             status: "127.0.0.1:7081".parse().expect("an address"),
@@ -316,6 +349,11 @@ mod tests {
                 waits: WaitOptions { stacks_per_second: 0, min_duration: Duration::from_millis(1) },
                 ..default()
             }),
+        );
+        check(
+            "symbolize:\n  lines: true\n  dwarf_mib: 32\n",
+            Overrides { inlines: Some(true), ..Overrides::default() },
+            Ok(Config { source: SourceOptions { lines: true, inlines: true, bytes: 32 << 20 }, ..default() }),
         );
         check(
             "sampling:\n  frequency: 49\nexport:\n  window: 1m\n",
@@ -375,6 +413,7 @@ mod tests {
             Err("symbolize.debuginfod.cache_mib: 1 is outside of 16"),
         );
         check("symbolize:\n  debuginfod:\n    cache: ''\n", Overrides::default(), Err("symbolize.debuginfod.cache"));
+        check("symbolize:\n  dwarf_mib: 1\n", Overrides::default(), Err("symbolize.dwarf_mib"));
         check("status:\n  listen: nowhere\n", Overrides::default(), Err("status.listen"));
         check("", Overrides { frequency: Some(0), ..Overrides::default() }, Err("at least 1"));
     }

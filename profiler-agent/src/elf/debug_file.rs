@@ -16,8 +16,10 @@ use crate::{profile::SplitDebug, regular_file};
 
 /// Where this machine keeps debug files.
 const DEBUG_FILES: &str = "/usr/lib/debug";
-/// Most bytes of a link to a debug file.
-const MAX_LINK: usize = 4096;
+/// Where what several debug files share is kept (`dwz` made it).
+const SHARED_DEBUG_FILES: &str = "/usr/lib/debug/.dwz";
+/// Most bytes of a link to another file: a path, and a checksum or a build ID.
+const MAX_LINK: u64 = 4096;
 /// Most bytes of a file whose checksum is computed.
 const MAX_CHECKED: u64 = 1 << 30;
 /// Most bytes of MiniDebugInfo, compressed. Fedora's largest, of web browsers, has five million.
@@ -39,8 +41,10 @@ pub(crate) struct DebugLink {
 /// The link of an executable, of which `sections` are the sections.
 pub(crate) fn debug_link(file: &File, sections: &[Section]) -> Option<DebugLink> {
     let section = sections.iter().find(|section| section.name == ".gnu_debuglink")?;
-    let len = usize::try_from(section.size).ok().filter(|&len| len <= MAX_LINK)?;
-    parse_link(&read(file, section.offset, len)?)
+    if section.size > MAX_LINK {
+        return None;
+    }
+    parse_link(&read(file, section.offset, usize::try_from(section.size).ok()?)?)
 }
 
 /// A name that ends with a zero, padding to a multiple of four, and the checksum (GDB's manual, "Debugging Information
@@ -88,8 +92,28 @@ pub(crate) fn debug_file_name(build_id: &[u8]) -> Option<String> {
 
 /// The debug file that was split off the executable with this build ID, as it says itself.
 pub(crate) fn debug_file(build_id: &[u8]) -> Option<File> {
-    let file = regular_file::open(format!("{DEBUG_FILES}/{}", debug_file_name(build_id)?))?;
+    let file = regular_file::open(format!("{DEBUG_FILES}/{}", debug_file_name(build_id)?)).ok()?;
     (summarize(&file)?.build_id.as_deref() == Some(build_id)).then_some(file)
+}
+
+/// What a debug file, of which `sections` are, shares with others. It names the file and its build ID; only what is under
+/// the folder of such files is opened.
+pub(crate) fn shared_debug_file(file: &File, sections: &[Section]) -> Option<File> {
+    let section = sections.iter().find(|section| section.name == ".gnu_debugaltlink" && section.size <= MAX_LINK)?;
+    let link = read(file, section.offset, usize::try_from(section.size).ok()?)?;
+    let end = link.iter().position(|&byte| byte == 0)?;
+    let (path, build_id) = (str::from_utf8(&link[..end]).ok()?, &link[end + 1..]);
+    let shared = shared_path(path).and_then(|path| regular_file::open(format!("{SHARED_DEBUG_FILES}/{path}")).ok());
+    let shared =
+        shared.filter(|file| summarize(file).is_some_and(|summary| summary.build_id.as_deref() == Some(build_id)));
+    // (Some distributions link it by its build ID too.)
+    shared.or_else(|| debug_file(build_id))
+}
+
+/// The part of a path that follows the folder of shared debug files; `None` where it leads out of it again.
+fn shared_path(path: &str) -> Option<&str> {
+    let (_, path) = path.rsplit_once("/.dwz/")?;
+    path.split('/').all(|part| !matches!(part, "" | "." | "..")).then_some(path)
 }
 
 /// The small ELF file with symbols that some distributions keep inside executables, in memory: `.gnu_debugdata`, of which
@@ -139,5 +163,15 @@ mod tests {
         let mut file = File::from(memfd_create(c"digits", MFdFlags::MFD_CLOEXEC).expect("a file"));
         io::Write::write_all(&mut file, b"123456789").expect("room");
         assert_eq!(checksum(&file), Some(0xcbf4_3926));
+    }
+
+    /// Whatever a file states, nothing outside of the folder is opened.
+    #[test]
+    fn shared_files_stay_in_their_folder() {
+        assert_eq!(shared_path("../../../.dwz/x86_64-linux-gnu/bash.debug"), Some("x86_64-linux-gnu/bash.debug"));
+        assert_eq!(shared_path("/usr/lib/debug/.dwz/bash.debug"), Some("bash.debug"));
+        for outside in ["/etc/shadow", "/.dwz/../../../../etc/shadow", "/.dwz//etc/shadow", "/.dwz/", ""] {
+            assert_eq!(shared_path(outside), None, "{outside}");
+        }
     }
 }

@@ -15,6 +15,11 @@ const MAX_FUNCTIONS: usize = 1 << 20;
 const MAX_SEARCHED: u64 = 16 << 20;
 /// Where `runtime.moduledata` has the address of the first function (Go 1.16 and later).
 const MODULE_TEXT: u64 = 176;
+/// Where it has the address that places of inline trees are relative to (Go 1.20 and later, and 1.18 and 1.19).
+const MODULE_INLINE_TREES: u64 = 320;
+const MODULE_INLINE_TREES_1_18: u64 = 304;
+/// Most places that are tried for it.
+const MAX_MODULES: usize = 8;
 /// Instructions are counted in bytes on x86_64, words have 8 of them.
 const QUANTUM_AND_WORD: [u8; 2] = [1, 8];
 
@@ -31,7 +36,7 @@ pub(crate) struct GoFunction {
 
 /// How a version of Go lays out the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Layout {
+pub(super) enum Layout {
     /// Go 1.2 to 1.15.
     V1_2,
     /// Go 1.16 and 1.17.
@@ -42,17 +47,26 @@ enum Layout {
 
 /// A program's table.
 pub(crate) struct GoTable {
-    bytes: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
     /// Where it is in its file.
     place: u64,
-    layout: Layout,
+    /// Its stated address.
+    address: u64,
+    pub(super) layout: Layout,
+    /// Whether records say where functions begin in their files (Go 1.20 and later).
+    pub(super) has_start_lines: bool,
     /// What function addresses are relative to.
-    text: u64,
+    pub(super) text: u64,
     /// Where function names, stack depths and the function table are in `bytes`.
-    names: usize,
-    depths: usize,
+    pub(super) names: usize,
+    pub(super) depths: usize,
     functions: usize,
-    count: usize,
+    pub(super) count: usize,
+    /// Where the names of files, and what leads to them by package, are in `bytes`.
+    pub(super) files: usize,
+    pub(super) packages: usize,
+    /// Where in the file the places of inline trees are counted from, where that was looked for.
+    pub(super) inline_trees: Option<u64>,
 }
 
 impl GoTable {
@@ -63,7 +77,7 @@ impl GoTable {
             .find(|section| matches!(section.name.as_str(), ".gopclntab" | ".data.rel.ro.gopclntab"))
             .filter(|section| section.size <= MAX_TABLE)?;
         let bytes = read_file(file, section.offset, usize::try_from(section.size).ok()?)?;
-        let mut table = Self { place: section.offset, ..Self::parse(bytes)? };
+        let mut table = Self { place: section.offset, address: section.address, ..Self::parse(bytes)? };
         if table.layout == Layout::V1_18 && table.text == 0 {
             table.text = module_text(file, sections, section.address)
                 .or_else(|| Some(sections.iter().find(|section| section.name == ".text")?.address))?;
@@ -71,11 +85,39 @@ impl GoTable {
         Some(table)
     }
 
+    /// Looks for what says which functions are inlined in others.
+    pub(crate) fn find_inline_trees(&mut self, file: &File, sections: &[Section]) {
+        if self.layout != Layout::V1_18 {
+            return;
+        }
+        let place = if self.has_start_lines { MODULE_INLINE_TREES } else { MODULE_INLINE_TREES_1_18 };
+        let words = module_words(file, sections, self.address, [MODULE_TEXT, place]);
+        self.inline_trees = words.filter(|[text, _]| *text == self.text).and_then(|[_, trees]| {
+            let inside = |section: &Section| trees.checked_sub(section.address).filter(|&inside| inside < section.size);
+            sections
+                .iter()
+                .filter(|section| section.address != 0)
+                .find_map(|section| section.offset.checked_add(inside(section)?))
+        });
+    }
+
+    /// Sets where the places of inline trees are counted from.
+    #[cfg(fuzzing)]
+    pub(crate) fn assume_inline_trees(&mut self, place: u64) {
+        self.inline_trees = Some(place);
+    }
+
+    /// Bytes of memory it takes.
+    pub(crate) fn bytes(&self) -> usize {
+        size_of::<Self>() + self.bytes.len()
+    }
+
     pub(crate) fn parse(bytes: Vec<u8>) -> Option<Self> {
-        let layout = match read_u32(&bytes, 0)? {
-            0xffff_fffb => Layout::V1_2,
-            0xffff_fffa => Layout::V1_16,
-            0xffff_fff0 | 0xffff_fff1 => Layout::V1_18,
+        let (layout, has_start_lines) = match read_u32(&bytes, 0)? {
+            0xffff_fffb => (Layout::V1_2, false),
+            0xffff_fffa => (Layout::V1_16, false),
+            0xffff_fff0 => (Layout::V1_18, false),
+            0xffff_fff1 => (Layout::V1_18, true),
             _ => return None,
         };
         if bytes.get(6..8)? != QUANTUM_AND_WORD {
@@ -88,10 +130,33 @@ impl GoTable {
             Layout::V1_16 => (0, word(2)?, word(5)?, word(6)?),
             Layout::V1_18 => (word(2)? as u64, word(3)?, word(6)?, word(7)?),
         };
+        let (packages, files) = match layout {
+            // Behind the functions, and the address at which the last of them ends.
+            Layout::V1_2 => {
+                let behind = count.checked_mul(16).and_then(|size| functions.checked_add(size)?.checked_add(8));
+                (0, behind.and_then(|place| read_u32(&bytes, place)).unwrap_or(u32::MAX) as usize)
+            }
+            Layout::V1_16 => (word(3)?, word(4)?),
+            Layout::V1_18 => (word(4)?, word(5)?),
+        };
         if count > MAX_FUNCTIONS || [names, depths, functions].iter().any(|&start| start > bytes.len()) {
             return None;
         }
-        Some(Self { bytes, layout, text, names, depths, functions, count, place: 0 })
+        Some(Self {
+            bytes,
+            place: 0,
+            address: 0,
+            layout,
+            has_start_lines,
+            text,
+            names,
+            depths,
+            functions,
+            count,
+            files,
+            packages,
+            inline_trees: None,
+        })
     }
 
     /// Bytes of the table.
@@ -106,7 +171,7 @@ impl GoTable {
     }
 
     /// Start address and place of the record of the function with this index; the last one's address is the end.
-    fn entry(&self, index: usize) -> Option<(u64, usize)> {
+    pub(super) fn entry(&self, index: usize) -> Option<(u64, usize)> {
         match self.layout {
             Layout::V1_18 => {
                 let at = self.functions.checked_add(index.checked_mul(8)?)?;
@@ -146,7 +211,7 @@ impl GoTable {
     }
 
     /// A field of a function's record, which begins with the function's address: of 4 bytes since 1.18 and of 8 before.
-    fn field(&self, function: GoFunction, offset: usize) -> usize {
+    pub(super) fn field(&self, function: GoFunction, offset: usize) -> usize {
         let address = if self.layout == Layout::V1_18 { 4 } else { 8 };
         function.record.saturating_add(address + offset)
     }
@@ -177,33 +242,51 @@ impl GoTable {
     }
 }
 
-/// Address of the first function from `runtime.moduledata`, whose first word is the address of the table. In
-/// position-independent programs both are relocations.
+/// Address of the first function.
 fn module_text(file: &File, sections: &[Section], table: u64) -> Option<u64> {
-    /// Bytes of a relocation: place, kind, addend (`Elf64_Rela`).
-    const RELOCATION: usize = 24;
-    let read = |name: &str| {
-        let section = sections.iter().find(|section| section.name == name && section.size <= MAX_SEARCHED)?;
-        Some((section.address, read_file(file, section.offset, usize::try_from(section.size).ok()?)?))
-    };
-    for name in [".go.module", ".noptrdata", ".data", ".data.rel.ro"] {
-        let Some((_, bytes)) = read(name) else { continue };
-        let module = (0..bytes.len()).step_by(8).find(|&place| read_u64(&bytes, place) == Some(table));
-        if let Some(text) = module.and_then(|place| read_u64(&bytes, place + MODULE_TEXT as usize))
-            && text != 0
-        {
-            return Some(text);
-        }
-    }
-    let (_, relocations) = read(".rela.dyn").or_else(|| read(".rela"))?;
-    let entries =
-        || relocations.chunks_exact(RELOCATION).filter_map(|entry| Some((read_u64(entry, 0)?, read_u64(entry, 16)?)));
-    entries().filter(|(_, addend)| *addend == table).find_map(|(module, _)| {
-        entries().find(|(place, _)| *place == module.wrapping_add(MODULE_TEXT)).map(|(_, addend)| addend)
-    })
+    module_words(file, sections, table, [MODULE_TEXT]).map(|[text]| text)
 }
 
-fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
+/// Words of `runtime.moduledata`, whose first one is the address of the table. In position-independent programs all
+/// are relocations.
+fn module_words<const COUNT: usize>(
+    file: &File,
+    sections: &[Section],
+    table: u64,
+    places: [u64; COUNT],
+) -> Option<[u64; COUNT]> {
+    /// Bytes of a relocation: place, kind, addend (`Elf64_Rela`).
+    const RELOCATION: usize = 24;
+    let all = |word: &dyn Fn(u64) -> Option<u64>| {
+        let mut words = [0; COUNT];
+        for (place, into) in places.into_iter().zip(&mut words) {
+            *into = word(place).filter(|&word| word != 0)?;
+        }
+        Some(words)
+    };
+    let read = |name: &str| {
+        let section = sections.iter().find(|section| section.name == name && section.size <= MAX_SEARCHED)?;
+        read_file(file, section.offset, usize::try_from(section.size).ok()?)
+    };
+    for name in [".go.module", ".noptrdata", ".data", ".data.rel.ro"] {
+        let Some(bytes) = read(name) else { continue };
+        let module = (0..bytes.len()).step_by(8).find(|&place| read_u64(&bytes, place) == Some(table));
+        let words = module.and_then(|module| all(&|place| read_u64(&bytes, module + place as usize)));
+        if words.is_some() {
+            return words;
+        }
+    }
+    let relocations = read(".rela.dyn").or_else(|| read(".rela"))?;
+    let entries =
+        || relocations.chunks_exact(RELOCATION).filter_map(|entry| Some((read_u64(entry, 0)?, read_u64(entry, 16)?)));
+    let modules = entries().filter(|(_, addend)| *addend == table).take(MAX_MODULES);
+    let mut words = modules.map(|(module, _)| {
+        all(&|place| entries().find(|(at, _)| *at == module.wrapping_add(place)).map(|(_, addend)| addend))
+    });
+    words.find_map(|words| words)
+}
+
+pub(super) fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
 }
 

@@ -3,7 +3,9 @@
 //! In: a file. Out: what its headers say. Headers are read with bounded reads and never mapped, so that a file
 //! that shrinks meanwhile is an error and not a signal.
 
+mod contents;
 mod debug_file;
+mod go_lines;
 mod go_table;
 mod linkage;
 mod symbols;
@@ -20,7 +22,9 @@ use object::{
 };
 
 pub(crate) use self::{
-    debug_file::{debug_file, debug_file_name, debug_link, is_split_off, mini_debug_info},
+    contents::{Unread, contents},
+    debug_file::{debug_file, debug_file_name, debug_link, is_split_off, mini_debug_info, shared_debug_file},
+    go_lines::GoCall,
     go_table::{GoFunction, GoTable},
     linkage::{Stub, stubs},
     symbols::{SymbolTable, symbol_tables},

@@ -7,7 +7,7 @@ use crate::profile::{Events, Profile, printable};
 
 /// Encodes a profile, one line per distinct stack, sorted by stack.
 ///
-/// Kernel frames end in `_[k]`. A stack that is not whole has a frame `[incomplete: REASON]` next to the
+/// Kernel frames end in `_[k]`; inlined functions are frames of their own. A stack that is not whole has a frame `[incomplete: REASON]` next to the
 /// process. Where waits are recorded, all values are microseconds, time spent waiting for a CPU ends in a frame
 /// `[run queue]`; and where CPU time is recorded too, the frame after the process says which of both it is.
 pub fn encode(profile: &Profile) -> String {
@@ -37,6 +37,10 @@ pub(super) fn lines(profile: &Profile) -> BTreeMap<String, u64> {
         for frame in sample.frames.iter().rev() {
             stack.push(';');
             stack.push_str(&frame.display_name());
+            for name in frame.inlined_names().rev() {
+                stack.push(';');
+                stack.push_str(&name);
+            }
         }
         if let Some(marker) = wait_marker(sample) {
             stack.push(';');
@@ -71,6 +75,12 @@ mod tests {
             "burner;[incomplete: depth limit];libx.so+0x401300;[unmapped] 3\n\
              burner;main;work;sys_read_[k] 7\n"
         );
+    }
+
+    /// What is inlined stands between its caller and what it calls.
+    #[test]
+    fn writes_inlined_functions_as_frames() {
+        assert_eq!(encode(&testing::inlined()), "burner;main;work;outer;inner;sys_read_[k] 5\n");
     }
 
     /// Both kinds of time in one unit, and told apart.

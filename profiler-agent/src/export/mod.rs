@@ -96,8 +96,8 @@ pub(crate) mod testing {
     };
 
     use crate::profile::{
-        Events, Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, Nameless, ProcessInfo, Profile,
-        Sample, Segment, VirtualAddress,
+        Events, Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, InlinedFunction, Nameless,
+        ProcessInfo, Profile, Sample, Segment, SourceLine, VirtualAddress,
     };
 
     /// Two threads share a whole stack; a third has one that is cut off.
@@ -115,22 +115,11 @@ pub(crate) mod testing {
             file: Mutex::default(),
             debug: Mutex::default(),
         });
-        let native = |name, address| {
-            Arc::new(Frame { frame_type: FrameType::Native, name, executable: Some(Arc::clone(&executable)), address })
-        };
+        let native =
+            |name, address| Arc::new(Frame::new(FrameType::Native, name, Some(Arc::clone(&executable)), address));
         let function = |name: &str| FrameName::Function(name.into());
-        let kernel = Arc::new(Frame {
-            frame_type: FrameType::Kernel,
-            name: function("sys_read"),
-            executable: None,
-            address: 0xffff_ffff_8100_0000,
-        });
-        let unmapped = Arc::new(Frame {
-            frame_type: FrameType::Native,
-            name: FrameName::Unmapped,
-            executable: None,
-            address: 0x7f00_0000_1000,
-        });
+        let kernel = Arc::new(Frame::new(FrameType::Kernel, function("sys_read"), None, 0xffff_ffff_8100_0000));
+        let unmapped = Arc::new(Frame::new(FrameType::Native, FrameName::Unmapped, None, 0x7f00_0000_1000));
         let process = Arc::new(ProcessInfo {
             key: ProcessKey { start_time_ns: 1, tgid: 42, exec_id: 0 },
             name: "burner".to_owned(),
@@ -164,7 +153,23 @@ pub(crate) mod testing {
         }
     }
 
-    /// The same with waits: 3 ms blocked and 2 ms waiting for a CPU in one stack.
+    /// One stack whose leaf has a function inlined in it that has another inlined, and source lines.
+    pub(crate) fn inlined() -> Profile {
+        let mut profile = profile();
+        let place = |file: &str, line, start_line| Some(SourceLine { file: file.into(), line, start_line });
+        let inlined = |name: &str, place| InlinedFunction { name: name.into(), place };
+        let leaf = &profile.samples[0].frames[1];
+        let leaf = Frame {
+            place: place("work.c", 20, 10),
+            inlined: [inlined("inner", place("inner.h", 3, 2)), inlined("outer", place("work.c", 7, 5))].into(),
+            ..Frame::new(leaf.frame_type, leaf.name.clone(), leaf.executable.clone(), leaf.address)
+        };
+        profile.samples.truncate(1);
+        profile.samples[0].frames[1] = Arc::new(leaf);
+        profile
+    }
+
+    /// The small profile with waits: 3 ms blocked and 2 ms waiting for a CPU in one stack.
     pub(crate) fn both() -> Profile {
         let mut profile = profile();
         let wait = |kind, time_ns| Sample { kind, count: 4, time_ns, ..profile.samples[0].clone() };

@@ -11,7 +11,7 @@ use prost::Message;
 
 use super::{incomplete_marker, legible, wait_marker};
 use crate::label;
-use crate::profile::{Events, ExecutableId, Frame, FrameName, FrameType, Profile};
+use crate::profile::{Events, ExecutableId, Frame, FrameName, FrameType, Profile, SourceLine};
 
 #[derive(Clone, PartialEq, Eq, Message)]
 struct ValueType {
@@ -57,6 +57,12 @@ struct PprofMapping {
     build_id: i64,
     #[prost(bool, tag = "7")]
     has_functions: bool,
+    #[prost(bool, tag = "8")]
+    has_filenames: bool,
+    #[prost(bool, tag = "9")]
+    has_line_numbers: bool,
+    #[prost(bool, tag = "10")]
+    has_inline_frames: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -89,6 +95,8 @@ struct PprofFunction {
     system_name: i64,
     #[prost(int64, tag = "4")]
     filename: i64,
+    #[prost(int64, tag = "5")]
+    start_line: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -198,11 +206,13 @@ struct Tables {
     strings: Vec<String>,
     string_indices: HashMap<String, i64>,
     functions: Vec<PprofFunction>,
-    function_ids: HashMap<(i64, i64), u64>,
+    /// By name, system name, file and the line at which it begins.
+    function_ids: HashMap<(i64, i64, i64, i64), u64>,
     mappings: Vec<PprofMapping>,
     /// By file (none: the kernel) and start.
     mapping_ids: HashMap<(Option<ExecutableId>, u64), u64>,
     locations: Vec<PprofLocation>,
+    /// By mapping, address and the outermost function.
     location_ids: HashMap<(u64, u64, u64), u64>,
 }
 
@@ -221,14 +231,17 @@ impl Tables {
         ValueType { r#type: self.string(name), unit: self.string(unit) }
     }
 
-    fn function(&mut self, name: &str, system_name: &str) -> u64 {
+    fn line(&mut self, name: &str, system_name: &str, place: Option<&SourceLine>) -> PprofLine {
         let (name, system_name) = (self.string(name), self.string(system_name));
+        let filename = place.map_or(0, |place| self.string(&place.file));
+        let start_line = place.map_or(0, |place| i64::from(place.start_line));
         let functions = &mut self.functions;
-        *self.function_ids.entry((name, system_name)).or_insert_with(|| {
+        let function_id = *self.function_ids.entry((name, system_name, filename, start_line)).or_insert_with(|| {
             let id = functions.len() as u64 + 1;
-            functions.push(PprofFunction { id, name, system_name, filename: 0 });
+            functions.push(PprofFunction { id, name, system_name, filename, start_line });
             id
-        })
+        });
+        PprofLine { function_id, line: place.map_or(0, |place| i64::from(place.line)) }
     }
 
     fn mapping(&mut self, frame: &Frame) -> u64 {
@@ -252,6 +265,7 @@ impl Tables {
             filename: self.string(path),
             build_id: self.string(&build_id.map(hex).unwrap_or_default()),
             has_functions: true,
+            ..PprofMapping::default()
         };
         self.mappings.push(mapping);
         self.mapping_ids.insert((id, start), mapping_id);
@@ -260,27 +274,38 @@ impl Tables {
 
     fn location(&mut self, frame: &Frame) -> u64 {
         let mapping = self.mapping(frame);
+        let inlined = frame.inlined.iter();
+        let mut lines: Vec<PprofLine> = inlined
+            .map(|function| self.line(&function.name.readable, function.name.system(), function.place.as_ref()))
+            .collect();
+        if let Some(mapping) = usize::try_from(mapping).ok().and_then(|id| self.mappings.get_mut(id.checked_sub(1)?)) {
+            mapping.has_filenames |= frame.place.is_some();
+            mapping.has_line_numbers |= frame.place.is_some();
+            mapping.has_inline_frames |= !lines.is_empty();
+        }
         // Frames without a function keep their address; their file stands in for the name.
-        let function = match &frame.name {
-            FrameName::Function(name) => self.function(&name.readable, name.system()),
+        lines.push(match &frame.name {
+            FrameName::Function(name) => self.line(&name.readable, name.system(), frame.place.as_ref()),
             _ => {
                 let name = frame.display_name();
-                self.function(&name, &name)
+                self.line(&name, &name, None)
             }
-        };
-        self.add_location(mapping, frame.address, function)
+        });
+        self.add_location(mapping, frame.address, lines)
     }
 
     fn marker(&mut self, name: &str) -> u64 {
-        let function = self.function(name, name);
-        self.add_location(0, 0, function)
+        let line = self.line(name, name, None);
+        self.add_location(0, 0, vec![line])
     }
 
-    fn add_location(&mut self, mapping_id: u64, address: u64, function_id: u64) -> u64 {
+    /// Adds a place whose lines are those of the inlined functions, innermost first, and of the function itself.
+    fn add_location(&mut self, mapping_id: u64, address: u64, line: Vec<PprofLine>) -> u64 {
         let locations = &mut self.locations;
+        let function_id = line.last().map_or(0, |line| line.function_id);
         *self.location_ids.entry((mapping_id, address, function_id)).or_insert_with(|| {
             let id = locations.len() as u64 + 1;
-            locations.push(PprofLocation { id, mapping_id, address, line: vec![PprofLine { function_id, line: 0 }] });
+            locations.push(PprofLocation { id, mapping_id, address, line });
             id
         })
     }
@@ -317,6 +342,21 @@ mod tests {
                 assert!(location.mapping_id <= built.mapping.len() as u64);
             }
         }
+    }
+
+    /// What is inlined is a line of its own, innermost first; functions know their files and where they begin.
+    #[test]
+    fn writes_inlined_functions_as_lines() {
+        let built = build(&testing::inlined());
+        let location = built.location.iter().find(|location| location.line.len() > 1).expect("lines");
+        let text = |index: i64| built.string_table[index as usize].as_str();
+        let lines = location.line.iter().map(|line| {
+            let function = &built.function[line.function_id as usize - 1];
+            (text(function.name), text(function.filename), function.start_line, line.line)
+        });
+        let expect = [("inner", "inner.h", 2, 3), ("outer", "work.c", 5, 7), ("work", "work.c", 10, 20)];
+        assert_eq!(lines.collect::<Vec<_>>(), expect);
+        assert!(built.mapping.iter().any(|mapping| mapping.has_inline_frames && mapping.has_line_numbers));
     }
 
     impl PprofProfile {

@@ -3,8 +3,9 @@
 use std::{
     collections::{HashMap, VecDeque},
     fs::{self, File},
-    io::{Read as _, Seek as _, SeekFrom, Write as _},
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     os::unix::fs::MetadataExt as _,
+    path::Path,
     sync::{Arc, Mutex},
 };
 
@@ -150,7 +151,8 @@ impl Executables {
         let file = if is_room { open(tgid, line) } else { None };
         let stamp = file.as_ref().and_then(Stamp::of);
         let summary = file.as_ref().and_then(elf::summarize).unwrap_or_default();
-        let debug = file.as_ref().and_then(|file| split_debug::find(tgid, line, file, summary.build_id.as_deref()));
+        let debug =
+            file.as_ref().and_then(|file| split_debug::find(tgid, &line.path, file, summary.build_id.as_deref()));
         let file = self.add(line.path.clone(), summary, file, debug)?;
         self.entries.insert(key, Entry { file: Arc::clone(&file), stamp, tried: generation, last_mapped: generation });
         Some(file)
@@ -219,16 +221,36 @@ impl Executables {
     }
 }
 
+/// An executable file that nothing has to map; `None` where it is none that is understood.
+pub fn open_executable(path: &Path) -> io::Result<Option<Arc<Executable>>> {
+    let file = regular_file::open(path)?;
+    let whole_path = fs::canonicalize(path)?;
+    let executable = elf::summarize(&file).map(|summary| {
+        let build_id = summary.build_id;
+        let debug = split_debug::find(std::process::id(), &whole_path.to_string_lossy(), &file, build_id.as_deref());
+        Executable {
+            id: ExecutableId(0),
+            table: 0,
+            path: path.to_string_lossy().into_owned(),
+            build_id,
+            segments: summary.segments.into(),
+            file: Mutex::new(Some(Arc::new(file))),
+            debug: Mutex::new(debug.map(Arc::new)),
+        }
+    });
+    Ok(executable.map(Arc::new))
+}
+
 /// Opens the file behind a mapping. The kernel's link to it is exact even when its path was deleted,
 /// replaced or is in another mount namespace; the path inside the process's root is the fallback where that
 /// link needs more privileges than we have.
 pub(super) fn open(tgid: u32, line: &MapsLine) -> Option<File> {
     let link = format!("/proc/{tgid}/map_files/{:x}-{:x}", line.start, line.end);
     let by_path = || {
-        let file = regular_file::open(format!("/proc/{tgid}/root{}", line.path))?;
+        let file = regular_file::open(format!("/proc/{tgid}/root{}", line.path)).ok()?;
         (file.metadata().ok()?.ino() == line.inode).then_some(file)
     };
-    let file = regular_file::open(link).or_else(by_path);
+    let file = regular_file::open(link).ok().or_else(by_path);
     if file.is_none() {
         debug!("{} cannot be opened; its frames stay unnamed", line.path);
     }

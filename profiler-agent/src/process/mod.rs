@@ -16,6 +16,7 @@ mod split_debug;
 mod table;
 
 pub use self::{
+    executables::open_executable,
     proc_fs::children_of,
     published::{Change, MappingMaps, Published},
     table::{NewMapping, ProcessTable, TableStats},

@@ -100,6 +100,16 @@ pub(super) fn parse_start_ticks(stat: &str) -> Option<u64> {
 
 /// Converts the kernel's start time to the ticks that [`start_ticks`] reports.
 pub(super) fn ticks_of(start_time_ns: u64) -> u64 {
+    start_time_ns / tick_ns()
+}
+
+/// The earliest start time that is so many ticks.
+pub(super) fn start_of(ticks: u64) -> u64 {
+    ticks.saturating_mul(tick_ns())
+}
+
+/// Nanoseconds that a clock tick takes.
+fn tick_ns() -> u64 {
     static TICKS_PER_SECOND: OnceLock<u64> = OnceLock::new();
     let per_second = *TICKS_PER_SECOND.get_or_init(|| {
         nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)
@@ -109,7 +119,7 @@ pub(super) fn ticks_of(start_time_ns: u64) -> u64 {
             .filter(|ticks| (1..=1_000_000).contains(ticks))
             .unwrap_or(100)
     });
-    start_time_ns / (1_000_000_000 / per_second)
+    1_000_000_000 / per_second
 }
 
 /// Every process descended from one of `roots` now, without the roots themselves.

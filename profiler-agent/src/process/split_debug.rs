@@ -7,17 +7,17 @@ use std::{fs::File, path::Path, sync::Arc};
 
 use nix::fcntl::OFlag;
 
-use super::{proc_fs::MapsLine, root::Root};
+use super::root::Root;
 use crate::{elf, profile::SplitDebug, regular_file};
 
 /// Where distributions put debug files.
 const DEBUG_FOLDER: &str = "/usr/lib/debug";
 
-/// The first file that may have been split off the one behind a mapping; `None` where that has its symbols itself, or
-/// nothing was split off.
-pub(super) fn find(tgid: u32, line: &MapsLine, file: &File, build_id: Option<&[u8]>) -> Option<SplitDebug> {
+/// The first file that may have been split off the one that a process knows by this path; `None` where that has its
+/// symbols itself, or nothing was split off.
+pub(super) fn find(tgid: u32, path: &str, file: &File, build_id: Option<&[u8]>) -> Option<SplitDebug> {
     let sections = elf::sections(file);
-    if !line.path.starts_with('/') || sections.iter().any(|section| section.name == ".symtab") {
+    if !path.starts_with('/') || sections.iter().any(|section| section.name == ".symtab") {
         return None;
     }
     let link = elf::debug_link(file, &sections);
@@ -25,21 +25,21 @@ pub(super) fn find(tgid: u32, line: &MapsLine, file: &File, build_id: Option<&[u
         return None;
     }
     let root = Root::of(tgid)?;
-    let open = |path: &str| regular_file::reopen(&root.look_up(path, OFlag::empty())?);
+    let open = |path: &str| regular_file::reopen(&root.look_up(path, OFlag::empty())?).ok();
     if let Some(file) = build_id.and_then(elf::debug_file_name).and_then(|name| open(&format!("{DEBUG_FOLDER}/{name}")))
     {
         return Some(SplitDebug { file: Arc::new(file), checksum: None });
     }
     // The places, and their order, are GDB's (its manual, “Debugging Information in Separate Files”).
     let link = link?;
-    let folder = Path::new(&line.path).parent()?.to_str()?.trim_end_matches('/');
+    let folder = Path::new(path).parent()?.to_str()?.trim_end_matches('/');
     let places = [
         format!("{folder}/{}", link.name),
         format!("{folder}/.debug/{}", link.name),
         format!("{DEBUG_FOLDER}{folder}/{}", link.name),
     ];
     // A stripped file may be called as its debug file is.
-    let mut others = places.into_iter().filter(|place| *place != line.path);
+    let mut others = places.into_iter().filter(|place| place != path);
     let file = others.find_map(|place| open(&place))?;
     Some(SplitDebug { file: Arc::new(file), checksum: Some(link.checksum) })
 }

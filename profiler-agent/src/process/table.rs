@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    io,
     sync::Arc,
 };
 
@@ -16,7 +17,7 @@ use zerocopy::FromBytes as _;
 use super::{
     executables::{Executables, FileKey, executable_name},
     mappings::{Backing, Mapping, Mappings},
-    proc_fs::{executable_maps, is_running},
+    proc_fs::{executable_maps, is_running, start_of, start_ticks},
     published::Change,
     runtime_code::{FollowedCode, RuntimeFiles, is_jitdump, is_memory},
 };
@@ -241,6 +242,19 @@ impl ProcessTable {
             count: sample.count,
             time_ns: 0,
         }
+    }
+
+    /// Where addresses of a living process are now, as they are: not samples of it.
+    pub fn locate_now(&mut self, tgid: u32, addresses: &[u64]) -> io::Result<Vec<Location>> {
+        // (Its error says more than that of a scan.)
+        executable_maps(tgid)?;
+        let ticks = start_ticks(tgid).ok_or(io::ErrorKind::NotFound)?;
+        let key = ProcessKey { tgid, start_time_ns: start_of(ticks), exec_id: 0 };
+        self.see(key);
+        self.scan(key);
+        self.follow_code(key);
+        let process = self.processes.get(&key).ok_or(io::ErrorKind::NotFound)?;
+        Ok(addresses.iter().map(|&address| process.mappings.locate(address, &process.code.code)).collect())
     }
 
     /// A sample of a process of which nothing but its PID is known.

@@ -116,6 +116,26 @@ pub enum FrameName {
     Unmapped,
 }
 
+/// A place in a function's source code.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SourceLine {
+    /// The file, as the compiler was told its name; empty where it is not known.
+    pub file: Box<str>,
+    /// The line that runs; 0 where it is not known.
+    pub line: u32,
+    /// The line at which the function begins; 0 where it is not known.
+    pub start_line: u32,
+}
+
+/// A function whose code the compiler put into another's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InlinedFunction {
+    /// Its name.
+    pub name: FunctionName,
+    /// Where in it the code is: what runs, or the call of the next function inside.
+    pub place: Option<SourceLine>,
+}
+
 /// A frame, shared by every sample that passes through it.
 #[derive(Debug)]
 pub struct Frame {
@@ -127,9 +147,24 @@ pub struct Frame {
     pub executable: Option<Arc<Executable>>,
     /// The address: as the file states it for code in files, as it was in memory otherwise.
     pub address: u64,
+    /// Where in the source code of its own function it is, where that was asked for: the call, where a function is inlined
+    /// at the address.
+    pub place: Option<SourceLine>,
+    /// What is inlined at the address, where that was asked for: innermost first.
+    pub inlined: Box<[InlinedFunction]>,
 }
 
 impl Frame {
+    /// A frame of which no more is known.
+    pub fn new(frame_type: FrameType, name: FrameName, executable: Option<Arc<Executable>>, address: u64) -> Self {
+        Self { frame_type, name, executable, address, place: None, inlined: Box::default() }
+    }
+
+    /// Names of what is inlined, for people: innermost first. Never contain `;` or control characters.
+    pub fn inlined_names(&self) -> impl DoubleEndedIterator<Item = String> {
+        self.inlined.iter().map(|function| printable(&function.name.readable))
+    }
+
     /// Name for people. Never contains `;` or control characters.
     pub fn display_name(&self) -> String {
         let name = match (&self.name, &self.executable) {
@@ -184,12 +219,7 @@ mod tests {
     /// Code that is made at run time may have been something else at the same address before.
     #[test]
     fn code_made_at_run_time_is_told_apart_by_name() {
-        let frame = |frame_type, name: &str| Frame {
-            frame_type,
-            name: FrameName::Function(name.into()),
-            executable: None,
-            address: 0x1000,
-        };
+        let frame = |kind, name: &str| Frame::new(kind, FrameName::Function(name.into()), None, 0x1000);
         let nameless = |reason| Frame { name: FrameName::Unnamed(reason), ..frame(FrameType::Runtime, "") };
         assert_ne!(frame(FrameType::Runtime, "before"), frame(FrameType::Runtime, "after"));
         assert_eq!(frame(FrameType::Runtime, "same"), frame(FrameType::Runtime, "same"));

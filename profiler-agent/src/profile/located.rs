@@ -61,6 +61,19 @@ pub struct LocatedSample {
 }
 
 impl LocatedSample {
+    /// Places that no process was sampled at, to be named.
+    pub fn of_locations(locations: Vec<Location>) -> Self {
+        Self {
+            process: Arc::new(ProcessInfo { key: ProcessKey::default(), name: String::new() }),
+            thread_name: "".into(),
+            kind: EventKind::OnCpu,
+            end: StackEnd::Root,
+            locations,
+            count: 0,
+            time_ns: 0,
+        }
+    }
+
     /// How much it stands for.
     pub fn tally(&self) -> Tally {
         Tally::of(self.kind, self.count, self.time_ns)

@@ -15,7 +15,7 @@ pub use self::{
     address::{CodeAddress, FileOffset, VirtualAddress},
     events::{Events, Tally},
     executable::{Executable, ExecutableId, Segment, SplitDebug},
-    frame::{Frame, FrameName, FrameType, FunctionName, Nameless, printable},
+    frame::{Frame, FrameName, FrameType, FunctionName, InlinedFunction, Nameless, SourceLine, printable},
     kernel_code::KernelCode,
     located::{LocatedSample, Location, ProcessInfo},
     raw::{DecodeError, RawSample, WaitDue, Waited},

@@ -13,7 +13,7 @@ use super::Stats;
 use crate::{
     profile::Nameless,
     symbolize::{
-        SymbolSource,
+        NoSource, SymbolSource,
         debuginfod::{Absence, DebuginfodStats},
     },
 };
@@ -120,6 +120,16 @@ pub(super) fn render(stats: &Stats) -> String {
         "runtime_code_refused",
         "Pieces of code made at run time whose names were not kept because there were too many.",
         symbolize.runtime_code.refused,
+    );
+    let source = symbolize.source;
+    page.gauge("debug_info_bytes", "Estimated bytes that debug information of files takes.", source.bytes);
+    page.counter("debug_info_read", "Times the debug information of a file was looked for.", source.read);
+    page.counter("debug_info_evicted", "Files whose debug information was dropped to keep the budget.", source.evicted);
+    page.labelled(
+        "debug_info_missing",
+        "Files whose debug information says nothing, by reason.",
+        NoSource::ALL
+            .map(|reason| (format!("reason=\"{}\"", reason.label()), source.by_reason[reason as usize].to_string())),
     );
     page.counter("frame_cache_evictions", "Times half of the frame cache was dropped.", symbolize.cache_evictions);
     page.gauge("frame_cache_bytes", "Estimated bytes of named frames kept.", symbolize.cache_bytes);

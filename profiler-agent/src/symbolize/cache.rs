@@ -5,10 +5,10 @@ use std::{
     sync::Arc,
 };
 
-use crate::profile::{ExecutableId, FileOffset, Frame, FrameName, Location};
+use crate::profile::{ExecutableId, FileOffset, Frame, FrameName, FunctionName, Location, SourceLine};
 
 /// Estimated bytes of an entry besides its name: the frame, its reference counts, and its share of the table.
-const ENTRY_BYTES: usize = 160;
+const ENTRY_BYTES: usize = 200;
 
 /// What a frame is cached by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -109,11 +109,14 @@ impl FrameCache {
 }
 
 fn bytes_of(frame: &Frame) -> usize {
-    ENTRY_BYTES
-        + match &frame.name {
-            FrameName::Function(name) => name.readable.len() + name.system.as_ref().map_or(0, |system| system.len()),
-            FrameName::Unnamed(_) | FrameName::Unmapped => 0,
-        }
+    let name = |name: &FunctionName| name.readable.len() + name.system.as_ref().map_or(0, |system| system.len());
+    let place = |place: &Option<SourceLine>| place.as_ref().map_or(0, |place| place.file.len());
+    let own = match &frame.name {
+        FrameName::Function(function) => name(function),
+        FrameName::Unnamed(_) | FrameName::Unmapped => 0,
+    };
+    let inlined: usize = frame.inlined.iter().map(|function| name(&function.name) + place(&function.place)).sum();
+    ENTRY_BYTES + own + place(&frame.place) + inlined + size_of_val(&*frame.inlined)
 }
 
 #[cfg(test)]
@@ -122,7 +125,7 @@ mod tests {
     use crate::profile::FrameType;
 
     fn frame(address: u64) -> Arc<Frame> {
-        Arc::new(Frame { frame_type: FrameType::Kernel, name: FrameName::Unmapped, executable: None, address })
+        Arc::new(Frame::new(FrameType::Kernel, FrameName::Unmapped, None, address))
     }
 
     /// However much is added, the budget holds, and what is used all the time stays.

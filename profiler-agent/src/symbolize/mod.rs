@@ -12,6 +12,7 @@ mod demangle;
 pub(crate) mod fuzzing;
 mod kernel;
 mod runtime_code;
+mod source;
 mod symbols;
 
 use std::{
@@ -26,9 +27,14 @@ use self::{
     debuginfod::{Debuginfod, DebuginfodStats},
     kernel::KernelSymbols,
     runtime_code::RuntimeNames,
+    source::{Source, SourceStore},
     symbols::{FileSymbols, SymbolStore},
 };
-pub use self::{runtime_code::RuntimeCodeStats, symbols::SymbolSource};
+pub use self::{
+    runtime_code::RuntimeCodeStats,
+    source::{NoSource, SourceOptions, SourceStats},
+    symbols::SymbolSource,
+};
 use crate::profile::{
     Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, KernelCode, LocatedSample, Location, Nameless,
     Profile, RuntimeCode,
@@ -65,6 +71,8 @@ pub struct SymbolizeStats {
     pub time: Duration,
     /// What processes say about code that they make.
     pub runtime_code: RuntimeCodeStats,
+    /// Source lines and inlined functions.
+    pub source: SourceStats,
     /// Bytes the frame cache holds, estimated.
     pub cache_bytes: usize,
     /// Times half of the frame cache was dropped to keep its budget.
@@ -98,6 +106,8 @@ pub struct FrameNamer {
     symbols: SymbolStore,
     servers: Option<Arc<Debuginfod>>,
     runtime: RuntimeNames,
+    /// `None` where neither source lines nor inlined functions are asked for.
+    sources: Option<SourceStore>,
     /// Frames in the cache whose files are not read yet: none of them outlives its batch there.
     pending: Vec<FrameKey>,
     stats: SymbolizeStats,
@@ -105,14 +115,15 @@ pub struct FrameNamer {
 
 impl FrameNamer {
     /// A namer whose frames, symbols and names of code made at run time take about `budget` bytes: three, four and one
-    /// eighth of it. `servers` are asked for debug files that this machine does not have.
-    pub fn new(budget: usize, servers: Option<Arc<Debuginfod>>) -> Self {
+    /// eighth of it; debug information comes on top. `servers` are asked for debug files that this machine does not have.
+    pub fn new(budget: usize, servers: Option<Arc<Debuginfod>>, source: SourceOptions) -> Self {
         Self {
             kernel: KernelSymbols::new(),
             cache: FrameCache::new(budget / 8 * 3),
             symbols: SymbolStore::new(budget / 2, servers.clone()),
             servers,
             runtime: RuntimeNames::new(budget / 8),
+            sources: SourceStore::new(source),
             pending: Vec::new(),
             stats: SymbolizeStats::default(),
         }
@@ -174,6 +185,20 @@ impl FrameNamer {
         }
     }
 
+    /// What names a place, for people.
+    pub fn source_of(&mut self, location: &Location) -> &'static str {
+        let (executable, offset) = match location {
+            Location::File { executable, offset } => (executable, offset),
+            Location::Anonymous { code, address } => {
+                return self.runtime.name(code, *address).map_or("code made at run time", |(_, source)| source.label());
+            }
+            Location::Kernel(_) | Location::Unmapped(_) => return "kernel symbols",
+        };
+        let symbols = self.symbols.of(executable).ok().zip(executable.virtual_address(*offset));
+        let found = symbols.and_then(|(symbols, address)| Some(symbols.name(address.0).ok()?.1));
+        found.unwrap_or(SymbolSource::DebugInfo).label()
+    }
+
     /// Counts so far.
     pub fn stats(&self) -> SymbolizeStats {
         let symbols = self.symbols.stats();
@@ -189,6 +214,7 @@ impl FrameNamer {
             symbols_pending: symbols.pending,
             debuginfod: self.servers.as_ref().map(|servers| servers.stats()).unwrap_or_default(),
             runtime_code: self.runtime.stats(),
+            source: self.sources.as_ref().map(SourceStore::stats).unwrap_or_default(),
             ..self.stats
         }
     }
@@ -257,10 +283,7 @@ impl FrameNamer {
     fn resolve_kernel(&mut self, addresses: &[u64]) {
         let names = self.kernel.names(addresses);
         for (&address, name) in addresses.iter().zip(names) {
-            self.add(
-                FrameKey::Kernel(address),
-                Frame { frame_type: FrameType::Kernel, name, executable: None, address },
-            );
+            self.add(FrameKey::Kernel(address), Frame::new(FrameType::Kernel, name, None, address));
         }
     }
 
@@ -276,13 +299,21 @@ impl FrameNamer {
             (_, None) => Err(Nameless::Unreadable),
             (Err(reason), Some(_)) => Err(*reason),
         };
+        let source = match (&mut self.sources, symbols, stated) {
+            (Some(sources), Ok(symbols), Some(address)) => sources.at(executable, symbols.split_off(), address.0),
+            _ => Source::default(),
+        };
         let key = FrameKey::File(executable.id, offset);
-        let name = match found {
-            Ok((name, source)) => {
+        let name = match (found, source.function) {
+            (Ok((name, source)), _) => {
                 self.stats.by_source[source as usize] += 1;
                 FrameName::Function(demangle::function(name))
             }
-            Err(reason) => {
+            (Err(_), Some(name)) => {
+                self.stats.by_source[SymbolSource::DebugInfo as usize] += 1;
+                FrameName::Function(name)
+            }
+            (Err(reason), None) => {
                 // (Counted when nobody waits for it any longer.)
                 if reason == Nameless::Pending {
                     self.pending.push(key);
@@ -293,7 +324,8 @@ impl FrameNamer {
             }
         };
         let address = stated.map_or(offset.0, |address| address.0);
-        self.add(key, Frame { frame_type: FrameType::Native, name, executable: Some(Arc::clone(executable)), address });
+        let frame = Frame::new(FrameType::Native, name, Some(Arc::clone(executable)), address);
+        self.add(key, Frame { place: source.place, inlined: source.inlined, ..frame });
     }
 
     fn add(&mut self, key: FrameKey, frame: Frame) -> Arc<Frame> {
@@ -330,7 +362,7 @@ impl FrameNamer {
             }
         };
         self.stats.frames_unnamed += 1;
-        let frame = Arc::new(Frame { frame_type: FrameType::Native, name, executable, address });
+        let frame = Arc::new(Frame::new(FrameType::Native, name, executable, address));
         self.cache.insert(key, Arc::clone(&frame));
         frame
     }
@@ -346,7 +378,7 @@ impl FrameNamer {
                 FrameName::Unnamed(reason)
             }
         };
-        let frame = Frame { frame_type: FrameType::Runtime, name, executable: None, address };
+        let frame = Frame::new(FrameType::Runtime, name, None, address);
         self.add(key, frame)
     }
 
@@ -354,6 +386,9 @@ impl FrameNamer {
     /// symbols when modules came or went.
     fn forget_stale(&mut self) {
         self.symbols.forget_closed();
+        if let Some(sources) = &mut self.sources {
+            sources.forget_closed();
+        }
         let again = self.symbols.ask_servers_again();
         if !again.is_empty() {
             self.cache.forget_nameless(&again);
@@ -368,7 +403,7 @@ impl FrameNamer {
 }
 
 fn unnamed(frame_type: FrameType, address: u64, executable: Option<Arc<Executable>>) -> Arc<Frame> {
-    Arc::new(Frame { frame_type, name: FrameName::Unnamed(Nameless::Unreadable), executable, address })
+    Arc::new(Frame::new(frame_type, FrameName::Unnamed(Nameless::Unreadable), executable, address))
 }
 
 #[cfg(test)]
@@ -417,7 +452,7 @@ pub(crate) mod tests {
             count: 1,
             time_ns: 0,
         };
-        let mut namer = FrameNamer::new(1 << 30, None);
+        let mut namer = FrameNamer::new(1 << 30, None, SourceOptions::default());
         let frames = namer.name(&[sample], Duration::ZERO).pop().expect("a stack");
         assert_eq!(frames[0].name, FrameName::Unnamed(Nameless::Pending));
         assert_eq!(namer.stats().frames_unnamed, 1, "what is pending is not lost yet");

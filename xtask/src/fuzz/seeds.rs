@@ -19,6 +19,13 @@ int depth;
 __attribute__((noinline)) int down(int *by) { int room[40]; room[depth & 31] = *by; depth++; return room[*by & 31]; }
 void _start(void) { for (int by = 3; by > 0; by = down(&by)) { } __builtin_trap(); }
 ";
+/// One with functions that are inlined in others.
+const INLINED: &str = "\
+int depth, room[40];
+static inline __attribute__((always_inline)) int inner(int by) { return room[by & 31] + depth; }
+static inline __attribute__((always_inline)) int outer(int by) { depth += by; return inner(by) * inner(by + 1); }
+void _start(void) { for (int by = 3; by > 0; by = outer(by)) { } __builtin_trap(); }
+";
 /// Files with rows, names and code that compilers wrote.
 const LIBRARIES: [&str; 2] = ["/lib/x86_64-linux-gnu/libc.so.6", "/usr/lib/x86_64-linux-gnu/libstdc++.so.6"];
 /// Bytes of a large section that are taken.
@@ -27,9 +34,14 @@ const PIECE: usize = 400;
 /// Makes the seeds of every target.
 pub(super) fn make(folder: &Path) -> Outcome {
     let seeds = Seeds { folder: folder.join("seeds") };
-    let program = compile(folder, "program", &["-fasynchronous-unwind-tables"])?;
-    let debug_program = compile(folder, "debug-program", &["-fno-asynchronous-unwind-tables", "-g1"])?;
+    let program = compile(folder, "program", PROGRAM, &["-fasynchronous-unwind-tables"])?;
+    let debug_program = compile(folder, "debug-program", PROGRAM, &["-fno-asynchronous-unwind-tables", "-g1"])?;
     let file = fs::read(&program).map_err(|error| format!("{}: {error}", program.display()))?;
+    let lines = compile(folder, "lines-program", INLINED, &["-g2", "-fno-asynchronous-unwind-tables"])?;
+    let file_with_lines = fs::read(&lines).map_err(|error| format!("{}: {error}", lines.display()))?;
+    let text = address(&lines, ".text").unwrap_or_default();
+    let addresses = halves(&[text, text + 16, text + 32, text + 48]);
+    seeds.add("debug_info", "program", &[addresses, file_with_lines].concat())?;
     for target in ["elf", "executable"] {
         seeds.add(target, "program", &file)?;
     }
@@ -61,6 +73,7 @@ pub(super) fn make(folder: &Path) -> Outcome {
     }
     for (number, table) in [go_table_1_18(), go_table_1_2()].iter().enumerate() {
         seeds.add("go_table", &number.to_string(), table)?;
+        seeds.add("go_lines", &number.to_string(), &[&[16][..], &[0; 16], table].concat())?;
         let parts = [(".text", 0x1000, 1, &text[..]), (".gopclntab", 0x9000, 0, table)];
         seeds.add("sections", &format!("go-{number}"), &sections(&parts))?;
     }
@@ -147,9 +160,9 @@ impl Seeds {
 }
 
 /// Compiles the small program, with tables as the flags say.
-fn compile(folder: &Path, name: &str, tables: &[&str]) -> Result<PathBuf, String> {
+fn compile(folder: &Path, name: &str, program: &str, tables: &[&str]) -> Result<PathBuf, String> {
     let (source, path) = (folder.join("program.c"), folder.join(name));
-    fs::write(&source, PROGRAM).map_err(|error| format!("{}: {error}", source.display()))?;
+    fs::write(&source, program).map_err(|error| format!("{}: {error}", source.display()))?;
     run(Command::new("gcc")
         .args(["-Os", "-nostdlib", "-static", "-fno-ident", "-fcf-protection=none"])
         .args(tables)

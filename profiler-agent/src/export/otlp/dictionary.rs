@@ -11,20 +11,22 @@ use opentelemetry_proto::tonic::{
 
 use crate::{
     export::{legible, pprof::hex},
-    profile::{Executable, ExecutableId, Frame, FrameName, FunctionName},
+    profile::{Executable, ExecutableId, Frame, FrameName, FunctionName, SourceLine},
 };
 
 /// A request's dictionary under construction.
 pub(super) struct Dictionary {
     tables: ProfilesDictionary,
     strings: HashMap<String, i32>,
-    /// By name and system name.
-    functions: HashMap<(i32, i32), i32>,
+    functions: HashMap<FunctionKey, i32>,
     mappings: HashMap<(ExecutableId, u64), i32>,
     locations: HashMap<Arc<Frame>, i32>,
     stacks: HashMap<Vec<i32>, i32>,
     attributes: HashMap<(i32, AttributeValue), i32>,
 }
+
+/// What tells functions apart: name, system name, file and the line at which it begins.
+type FunctionKey = (i32, i32, i32, i64);
 
 /// Value of an attribute.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -100,16 +102,17 @@ impl Dictionary {
         }
         let mut attribute_indices =
             vec![self.attribute("profile.frame.type", AttributeValue::Text(frame.frame_type.label().to_owned()))];
-        let lines = match &frame.name {
-            FrameName::Function(name) => vec![Line { function_index: self.function(name), line: 0, column: 0 }],
+        let mut lines: Vec<Line> =
+            frame.inlined.iter().map(|inlined| self.line(&inlined.name, inlined.place.as_ref())).collect();
+        match &frame.name {
+            FrameName::Function(name) => lines.push(self.line(name, frame.place.as_ref())),
             // Nothing is known but the place: backends can still name it by mapping and address.
             FrameName::Unnamed(reason) => {
                 let reason = AttributeValue::Text(reason.label().to_owned());
                 attribute_indices.push(self.attribute("profiler.frame.nameless", reason));
-                Vec::new()
             }
-            FrameName::Unmapped => Vec::new(),
-        };
+            FrameName::Unmapped => {}
+        }
         let location = Location {
             mapping_index: frame.executable.as_ref().map_or(0, |executable| self.mapping(executable, frame.address)),
             address: frame.address,
@@ -121,14 +124,20 @@ impl Dictionary {
         index
     }
 
-    fn function(&mut self, name: &FunctionName) -> i32 {
+    fn line(&mut self, name: &FunctionName, place: Option<&SourceLine>) -> Line {
+        let line = place.map_or(0, |place| i64::from(place.line));
+        Line { function_index: self.function(name, place), line, column: 0 }
+    }
+
+    fn function(&mut self, name: &FunctionName, place: Option<&SourceLine>) -> i32 {
         let name_strindex = self.string(&name.readable);
         let system_name_strindex = name.system.as_deref().map_or(0, |system| self.string(system));
+        let filename_strindex = place.map_or(0, |place| self.string(&place.file));
+        let start_line = place.map_or(0, |place| i64::from(place.start_line));
         let table = &mut self.tables.function_table;
-        *self
-            .functions
-            .entry((name_strindex, system_name_strindex))
-            .or_insert_with(|| push(table, Function { name_strindex, system_name_strindex, ..Function::default() }))
+        *self.functions.entry((name_strindex, system_name_strindex, filename_strindex, start_line)).or_insert_with(
+            || push(table, Function { name_strindex, system_name_strindex, filename_strindex, start_line }),
+        )
     }
 
     /// One mapping per executable segment; addresses are as the file states them.

@@ -185,6 +185,24 @@ mod tests {
         assert_eq!(dictionary.stack_table.len(), 3);
     }
 
+    /// What is inlined is a line of its own, innermost first; functions know their files and where they begin.
+    #[test]
+    fn writes_inlined_functions_as_lines() {
+        let profile = testing::inlined();
+        let dictionary = request(&profile, &profile.samples).dictionary.expect("a dictionary");
+        let location = dictionary.location_table.iter().find(|location| location.lines.len() > 1).expect("lines");
+        let lines: Vec<_> = location
+            .lines
+            .iter()
+            .map(|line| {
+                let function = &dictionary.function_table[line.function_index as usize];
+                let text = |index: i32| dictionary.string_table[index as usize].as_str();
+                (text(function.name_strindex), text(function.filename_strindex), function.start_line, line.line)
+            })
+            .collect();
+        assert_eq!(lines, [("inner", "inner.h", 2, 3), ("outer", "work.c", 5, 7), ("work", "work.c", 10, 20)]);
+    }
+
     /// Waits are a profile of their own, in nanoseconds and without a period.
     #[test]
     fn keeps_waits_apart() {

@@ -240,7 +240,10 @@ mod tests {
     };
 
     use super::*;
-    use crate::{profile::ProcessInfo, symbolize::FrameNamer};
+    use crate::{
+        profile::ProcessInfo,
+        symbolize::{FrameNamer, SourceOptions},
+    };
 
     pub(super) fn file(contents: &[u8]) -> File {
         let file = File::from(memfd_create(c"names", MFdFlags::MFD_CLOEXEC).expect("a file"));
@@ -293,7 +296,7 @@ mod tests {
     #[test]
     fn cached_frames_follow_the_files() {
         let (one, two) = (code("0 10 one\n"), code("500 10 later\n"));
-        let mut namer = FrameNamer::new(1 << 20, None);
+        let mut namer = FrameNamer::new(1 << 20, None, SourceOptions::default());
         let mut shown = || -> Vec<String> {
             let frames = namer.name(&samples(&[&one, &two]), Duration::ZERO);
             frames.iter().flatten().map(|frame| frame.display_name()).collect()

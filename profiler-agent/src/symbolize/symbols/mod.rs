@@ -46,11 +46,13 @@ pub enum SymbolSource {
     PerfMap,
     /// Its jitdump.
     Jitdump,
+    /// Debug information, where it was asked for lines or inlined functions and no symbol covers the place.
+    DebugInfo,
 }
 
 impl SymbolSource {
     /// Every source, in the order of their numbers.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::SymbolTable,
         Self::DebugFile,
         Self::Debuginfod,
@@ -60,6 +62,7 @@ impl SymbolSource {
         Self::LinkageTable,
         Self::PerfMap,
         Self::Jitdump,
+        Self::DebugInfo,
     ];
 
     /// Its name for people and metrics.
@@ -74,6 +77,7 @@ impl SymbolSource {
             Self::LinkageTable => "linkage table",
             Self::PerfMap => "perf map",
             Self::Jitdump => "jitdump",
+            Self::DebugInfo => "debug information",
         }
     }
 }
@@ -83,6 +87,8 @@ impl SymbolSource {
 pub(super) struct FileSymbols {
     /// The file itself.
     file: Arc<File>,
+    /// What was split off it, where that is known.
+    split_off: Option<Arc<File>>,
     /// What is asked first comes first.
     indexes: Vec<(SymbolSource, Index)>,
     /// Bytes of files that were made in memory.
@@ -108,13 +114,15 @@ impl FileSymbols {
         debug: Option<&SplitDebug>,
         servers: Option<&Debuginfod>,
     ) -> Self {
-        let mut symbols = Self { file: Arc::clone(file), indexes: Vec::new(), made: 0, not_sent: None };
+        let mut symbols =
+            Self { file: Arc::clone(file), split_off: None, indexes: Vec::new(), made: 0, not_sent: None };
         symbols.add_tables(file, SymbolSource::SymbolTable);
         if symbols.indexes.is_empty() {
             let of_process =
                 debug.filter(|debug| elf::is_split_off(debug, build_id)).map(|debug| Arc::clone(&debug.file));
             if let Some(split) = of_process.or_else(|| build_id.and_then(elf::debug_file).map(Arc::new)) {
                 symbols.add_tables(&split, SymbolSource::DebugFile);
+                symbols.split_off = Some(split);
             }
         }
         let sections = elf::sections(file);
@@ -153,10 +161,19 @@ impl FileSymbols {
 
     fn ask(&mut self, servers: &Debuginfod, build_id: &[u8]) {
         match servers.debug_file(build_id) {
-            Answer::Ready(debug_file) => self.add_tables(&Arc::new(debug_file), SymbolSource::Debuginfod),
+            Answer::Ready(debug_file) => {
+                let debug_file = Arc::new(debug_file);
+                self.add_tables(&debug_file, SymbolSource::Debuginfod);
+                self.split_off = Some(debug_file);
+            }
             Answer::Pending => self.not_sent = Some(NotSent::Pending),
             Answer::Absent(reason) => self.not_sent = Some(NotSent::Absent(reason)),
         }
+    }
+
+    /// The file that was split off this one, where its symbols were needed.
+    pub(super) fn split_off(&self) -> Option<&Arc<File>> {
+        self.split_off.as_ref()
     }
 
     /// Why servers did not send more of them.
