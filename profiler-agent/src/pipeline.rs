@@ -54,6 +54,8 @@ const KERNEL_CODE_QUEUE: usize = 4096;
 /// Profiles that may wait for the exporters.
 const PROFILE_QUEUE: usize = 4;
 
+/// Time between two looks at processes that are about to name the code they make.
+const LOOK_AGAIN: Duration = Duration::from_millis(300);
 /// How long the namer waits for a file before it leaves its frames pending: until the window closes, and once more then.
 const NAMING_PATIENCE: Duration = Duration::from_secs(1);
 /// How long it waits for files where nothing comes after the window.
@@ -245,6 +247,8 @@ impl Collector {
         let interval = window.map_or(DRAIN_INTERVAL, |window| window.min(DRAIN_INTERVAL));
         let mut drains = interval_at(tokio::time::Instant::now() + interval, interval);
         drains.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut looks = interval_at(tokio::time::Instant::now(), LOOK_AGAIN);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut window_opened = Instant::now();
         loop {
             tokio::select! {
@@ -280,6 +284,7 @@ impl Collector {
                     self.drain(sources.overflow.get_mut(), closes_window, false)?;
                 }
                 () = flush_log(&mut sources.log) => {}
+                _ = looks.tick(), if self.table.is_expecting() => self.table.look_again(),
             }
         }
     }

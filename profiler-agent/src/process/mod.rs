@@ -13,6 +13,7 @@ mod published;
 mod root;
 mod runtime_code;
 mod split_debug;
+mod stack;
 mod table;
 
 pub use self::{

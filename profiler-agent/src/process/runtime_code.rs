@@ -32,6 +32,8 @@ use crate::{
 const MAX_OPEN: usize = 512;
 /// Time between two looks for the perf map of one process that has none: some map new code all the time.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
+/// How long a process is looked at again and again that has not begun its perf map: it may end before its samples are read.
+const EXPECT_FOR: Duration = Duration::from_secs(5);
 /// A file that was written so much earlier than its process began is one of an earlier process of the same PID, which
 /// containers use again at every start.
 const OLDER: Duration = Duration::from_secs(1);
@@ -48,6 +50,8 @@ pub(super) struct RuntimeFiles {
 /// One process's code, and when its perf map was looked for.
 pub(super) struct FollowedCode {
     pub(super) code: Arc<RuntimeCode>,
+    /// When it was looked for first, and last.
+    first_looked: Option<Instant>,
     looked: Option<Instant>,
     /// The drain in which that was.
     looked_in: u64,
@@ -55,7 +59,7 @@ pub(super) struct FollowedCode {
 
 impl FollowedCode {
     pub(super) fn new(code: RuntimeCode) -> Self {
-        Self { code: Arc::new(code), looked: None, looked_in: 0 }
+        Self { code: Arc::new(code), first_looked: None, looked: None, looked_in: 0 }
     }
 }
 
@@ -78,26 +82,28 @@ impl RuntimeFiles {
     }
 
     /// Looks for the perf map of a living process that runs code of its own making, unless that was done lately. One
-    /// that was found is compared, once a drain, with what is at its path now.
-    pub(super) fn follow(&mut self, followed: &mut FollowedCode, generation: u64) {
+    /// that was found is compared, once a drain, with what is at its path now. Returns whether to look again soon.
+    pub(super) fn follow(&mut self, followed: &mut FollowedCode, generation: u64) -> bool {
+        let first = *followed.first_looked.get_or_insert_with(Instant::now);
         let held = followed.code.files().into_iter().find(|file| file.kind == RuntimeFileKind::PerfMap);
         let is_early = match (&held, followed.looked) {
             (_, None) => false,
             (Some(_), Some(_)) => followed.looked_in == generation,
             (None, Some(looked)) => looked.elapsed() < LOOK_AGAIN,
         };
+        let is_expected = held.is_none() && first.elapsed() < EXPECT_FOR;
         if is_early {
-            return;
+            return is_expected;
         }
         (followed.looked, followed.looked_in) = (Some(Instant::now()), generation);
         if !self.has_room() {
-            return;
+            return false;
         }
         let key = followed.code.process;
-        if let Some((file, identity)) = open_perf_map(key, held.map(|held| held.identity)) {
-            debug!("process {}: perf map found", key.tgid);
-            followed.code.add(RuntimeFile::new(RuntimeFileKind::PerfMap, file, identity, Arc::clone(&self.permit)));
-        }
+        let Some((file, identity)) = open_perf_map(key, held.map(|held| held.identity)) else { return is_expected };
+        debug!("process {}: perf map found", key.tgid);
+        followed.code.add(RuntimeFile::new(RuntimeFileKind::PerfMap, file, identity, Arc::clone(&self.permit)));
+        false
     }
 
     /// Opens a jitdump that a process has mapped.

@@ -20,8 +20,9 @@ use super::{
     proc_fs::{executable_maps, is_running, start_of, start_ticks},
     published::Change,
     runtime_code::{FollowedCode, RuntimeFiles, is_jitdump, is_memory},
+    stack::{leaf_first, trim},
 };
-use crate::profile::{CodeAddress, Executable, LocatedSample, Location, ProcessInfo, RawSample, RuntimeCode};
+use crate::profile::{Executable, LocatedSample, Location, ProcessInfo, RawSample, RuntimeCode};
 
 /// Most program images remembered. A machine with more runs on with fewer frames located.
 const MAX_PROCESSES: usize = 32 << 10;
@@ -31,6 +32,8 @@ const KEEP_EXITED: u64 = 2;
 const MAX_SCANS: u32 = 20;
 /// Drains after which a process's mappings are read again when it is sampled: what was unmapped is not announced.
 const RESCAN_AFTER: u64 = 12;
+/// Most images that are looked at again between drains.
+const MAX_EXPECTING: usize = 1024;
 /// Drains between two looks at which processes still exist: an exit notice may have been lost.
 const SWEEP_EVERY: u64 = 12;
 
@@ -103,6 +106,8 @@ pub struct ProcessTable {
     compiling: HashSet<ProcessKey>,
     /// Images whose mappings should be read before the next sample is located.
     unread: HashSet<ProcessKey>,
+    /// Images that make code and may begin to name it at any moment.
+    expecting: HashSet<ProcessKey>,
     exited: HashSet<u32>,
     /// What the kernel programs have to be told.
     changes: Vec<Change>,
@@ -183,7 +188,22 @@ impl ProcessTable {
             && let Some(process) = self.processes.get_mut(&key)
             && process.mappings.has_anonymous()
         {
-            self.runtime_files.follow(&mut process.code, self.generation);
+            let is_expected = self.runtime_files.follow(&mut process.code, self.generation);
+            if is_expected && self.expecting.len() < MAX_EXPECTING {
+                self.expecting.insert(key);
+            }
+        }
+    }
+
+    /// Whether processes are about to say what the code they make is called: see [`Self::look_again`].
+    pub fn is_expecting(&self) -> bool {
+        !self.expecting.is_empty()
+    }
+
+    /// Looks at those processes again.
+    pub fn look_again(&mut self) {
+        for key in std::mem::take(&mut self.expecting) {
+            self.follow_code(key);
         }
     }
 
@@ -475,27 +495,6 @@ impl ProcessTable {
         }
         Arc::clone(&process.info)
     }
-}
-
-/// Marks the leaf as an instruction pointer and every caller as a return address.
-fn leaf_first(addresses: &[u64]) -> impl Iterator<Item = CodeAddress> {
-    addresses.iter().enumerate().map(move |(depth, &address)| {
-        if depth == 0 { CodeAddress::Instruction(address) } else { CodeAddress::Return(address) }
-    })
-}
-
-/// Cuts what lies beyond the first caller that points at no code, unless the walk found the root: a lost
-/// frame pointer leads to words that only look like return addresses.
-fn trim(user: &mut Vec<Location>, end: StackEnd) -> StackEnd {
-    let Some(outermost) = user.iter().rposition(|location| !matches!(location, Location::Unmapped(_))) else {
-        user.truncate(1);
-        return if user.is_empty() || end.is_whole() { end } else { StackEnd::NotCode };
-    };
-    if outermost + 1 == user.len() || end.is_whole() {
-        return end;
-    }
-    user.truncate(outermost + 1);
-    StackEnd::NotCode
 }
 
 #[cfg(test)]
