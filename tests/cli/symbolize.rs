@@ -250,6 +250,30 @@ fn go_needs_no_debug_information() {
     assert!(known * 100 >= addresses.len() * 99 && inlined > 100);
 }
 
+/// Entries of procedure linkage tables, which have no symbols, are called what `objdump` calls them.
+#[test]
+fn linkage_tables_are_named() {
+    for kind in [Native::C, Native::Cpp] {
+        let binary = native(kind);
+        let listing =
+            run(Command::new("objdump").args(["-d", "-j", ".plt", "-j", ".plt.got", "-j", ".plt.sec"]).arg(&binary));
+        let entries = stdout(&listing);
+        // `0000000000001030 <strtol@plt>:`; what is chosen at start has no name that it could have.
+        let entries = entries.lines().filter_map(|line| line.strip_suffix(">:")?.split_once(" <"));
+        let (addresses, names): (Vec<u64>, Vec<String>) = entries
+            .filter(|(_, name)| name.ends_with("@plt") && !name.contains('*'))
+            .filter_map(|(address, name)| Some((u64::from_str_radix(address, 16).ok()?, name.to_owned())))
+            .unzip();
+        let last_bytes: Vec<u64> = addresses.iter().map(|address| address + 5).collect();
+        for addresses in [&addresses, &last_bytes] {
+            let said: Vec<String> = ours(&binary, addresses).into_iter().flat_map(|said| said.functions).collect();
+            assert_eq!(said, names);
+        }
+        println!("{}: {} entries", binary.display(), names.len());
+        assert!(names.len() > 5);
+    }
+}
+
 /// A place in a file is the same whether it is given as an offset, as an address, or as an address in a process.
 #[test]
 fn files_and_processes_agree() {

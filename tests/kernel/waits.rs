@@ -82,7 +82,7 @@ fn waits_are_charged_to_their_places() {
 #[test]
 fn rationed_waits_are_charged_to_their_places() {
     if kernel_is_usable() {
-        check_places(&["--wait-stacks", "100"], 0.05);
+        check_places(&["--wait-stacks", "50"], 0.05);
     }
 }
 

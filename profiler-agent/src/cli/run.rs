@@ -88,7 +88,7 @@ Configuration file, with the defaults:
   sampling:
     frequency: 99
     event: on-cpu
-    wait_stacks: 100
+    wait_stacks: 50
     min_wait: 0s
   unwind:
     table_mib: 64

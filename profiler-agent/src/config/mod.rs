@@ -23,7 +23,7 @@ use crate::{
 /// Samples per second and CPU. Off the round hundred, so that sampling does not keep step with timers.
 pub const DEFAULT_FREQUENCY: u64 = 99;
 /// How waits are sampled: 100 stacks a second take about 0.1 % of a CPU, and are enough for the right totals.
-pub const DEFAULT_WAITS: WaitOptions = WaitOptions { stacks_per_second: 100, min_duration: Duration::ZERO };
+pub const DEFAULT_WAITS: WaitOptions = WaitOptions { stacks_per_second: 50, min_duration: Duration::ZERO };
 /// Where a local Collector or profiler-server listens.
 const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:4317";
 const DEFAULT_STATUS: &str = "127.0.0.1:7081";

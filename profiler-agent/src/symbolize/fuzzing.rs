@@ -20,7 +20,7 @@ pub fn demangle(bytes: &[u8]) {
 /// Symbol tables: names for any address, none of them too long.
 pub fn symbols(bytes: &[u8]) {
     let mut input = Input(bytes);
-    let addresses: [u64; 4] = std::array::from_fn(|_| u64::from(u16::from_le_bytes(input.bytes())));
+    let addresses: [u64; 4] = std::array::from_fn(|_| u64::from(u32::from_le_bytes(input.bytes())));
     let file = Arc::new(file(input.0));
     if elf::summarize(&file).is_none() {
         return;

@@ -14,6 +14,7 @@ mod kernel;
 mod runtime_code;
 mod source;
 mod symbols;
+mod workers;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -248,36 +249,70 @@ impl FrameNamer {
     /// waited for again where that is asked for.
     fn resolve_files(&mut self, mut files: Places, patience: Duration, waits_again: bool) {
         let deadline = Instant::now() + patience;
-        let names_of = |namer: &mut Self, (executable, offsets): &(Arc<Executable>, BTreeSet<FileOffset>)| {
-            let symbols = namer.symbols.of(executable);
-            let is_pending = matches!(symbols, Err(Nameless::Pending));
-            if !is_pending {
-                offsets.iter().for_each(|&offset| namer.resolve_place(executable, offset, &symbols));
-            }
-            is_pending
-        };
-        files.retain(|_, places| names_of(self, places));
+        files.retain(|_, (executable, offsets)| !self.try_resolve(executable, offsets));
         while files.keys().any(|&id| waits_again || !self.symbols.is_slow(id)) {
-            let Some(id) = self.symbols.next(deadline) else { break };
-            if let Some(places) = files.remove(&id)
-                && names_of(self, &places)
-            {
-                files.insert(id, places);
+            let is_over = Instant::now() >= deadline;
+            match self.next_ready(deadline) {
+                Some(id) => {
+                    if let Some((executable, offsets)) = files.remove(&id)
+                        && !self.try_resolve(&executable, &offsets)
+                    {
+                        files.insert(id, (executable, offsets));
+                    }
+                }
+                None if is_over => break,
+                None => {}
             }
         }
         for (id, (executable, offsets)) in files {
-            self.symbols.set_slow(id);
-            let so_far = if waits_again { self.symbols.so_far(id) } else { None };
-            if waits_again && so_far.is_none() {
+            self.symbols.set_slow(id, true);
+            let known = if waits_again { self.known_so_far(&executable) } else { None };
+            if waits_again && known.is_none() {
                 self.stats.by_reason[Nameless::Pending as usize] += offsets.len() as u64;
             }
             // More may be known for the next window.
             self.pending.extend(offsets.iter().map(|&offset| FrameKey::File(id, offset)));
-            let symbols = so_far.ok_or(Nameless::Pending);
+            let symbols = known.ok_or(Nameless::Pending);
             for offset in offsets {
-                self.resolve_place(&executable, offset, &symbols);
+                self.resolve_place(&executable, offset, &symbols, Source::default());
             }
         }
+    }
+
+    /// Names places in a file, unless its symbols or their source lines are pending. Returns whether it did.
+    fn try_resolve(&mut self, executable: &Arc<Executable>, offsets: &BTreeSet<FileOffset>) -> bool {
+        let symbols = self.symbols.of(executable);
+        let mut sources = match (&mut self.sources, &symbols) {
+            (_, Err(Nameless::Pending)) => return false,
+            (Some(sources), Ok(symbols)) => {
+                let addresses = offsets.iter().filter_map(|&offset| Some(executable.virtual_address(offset)?.0));
+                match sources.of(executable, symbols.split_off(), addresses) {
+                    Some(found) => found,
+                    None => return false,
+                }
+            }
+            _ => HashMap::new(),
+        };
+        self.symbols.set_slow(executable.id, false);
+        for &offset in offsets {
+            let stated = executable.virtual_address(offset);
+            let source = stated.and_then(|address| sources.remove(&address.0)).unwrap_or_default();
+            self.resolve_place(executable, offset, &symbols, source);
+        }
+        true
+    }
+
+    /// The next file of which more is known than before; `None`: none for a moment, or until `deadline`.
+    fn next_ready(&mut self, deadline: Instant) -> Option<ExecutableId> {
+        /// How long one of two queues is waited at before the other is looked at.
+        const TURN: Duration = Duration::from_millis(10);
+        let Some(sources) = &mut self.sources else { return self.symbols.next(deadline) };
+        sources.next(Instant::now()).or_else(|| self.symbols.next(deadline.min(Instant::now() + TURN)))
+    }
+
+    /// What is known of a file's symbols where more is pending.
+    fn known_so_far(&mut self, executable: &Arc<Executable>) -> Option<Arc<FileSymbols>> {
+        self.symbols.so_far(executable.id).or_else(|| self.symbols.of(executable).ok())
     }
 
     fn resolve_kernel(&mut self, addresses: &[u64]) {
@@ -292,16 +327,13 @@ impl FrameNamer {
         executable: &Arc<Executable>,
         offset: FileOffset,
         symbols: &Result<Arc<FileSymbols>, Nameless>,
+        source: Source,
     ) {
         let stated = executable.virtual_address(offset);
         let found = match (symbols, stated) {
             (Ok(symbols), Some(address)) => symbols.name(address.0),
             (_, None) => Err(Nameless::Unreadable),
             (Err(reason), Some(_)) => Err(*reason),
-        };
-        let source = match (&mut self.sources, symbols, stated) {
-            (Some(sources), Ok(symbols), Some(address)) => sources.at(executable, symbols.split_off(), address.0),
-            _ => Source::default(),
         };
         let key = FrameKey::File(executable.id, offset);
         let name = match (found, source.function) {
@@ -354,7 +386,7 @@ impl FrameNamer {
             }
             Location::File { executable, offset } => {
                 let symbols = self.symbols.of(executable);
-                self.resolve_place(executable, *offset, &symbols);
+                self.resolve_place(executable, *offset, &symbols, Source::default());
                 return self
                     .cache
                     .get(key)

@@ -45,7 +45,8 @@ pub(super) fn make(folder: &Path) -> Outcome {
     for target in ["elf", "executable"] {
         seeds.add(target, "program", &file)?;
     }
-    seeds.add("symbols", "program", &[&[0; 8], &file[..]].concat())?;
+    let code = address(&program, ".text").unwrap_or_default();
+    seeds.add("symbols", "program", &[halves(&[code, code + 16, code + 32, code + 48]), file.clone()].concat())?;
     let section_of = |program: &Path, name: &str| {
         section(program, name, folder).ok_or_else(|| format!("{} has no {name}", program.display()))
     };

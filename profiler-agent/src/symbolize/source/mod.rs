@@ -5,14 +5,17 @@
 
 mod dwarf;
 mod reader;
+mod store;
 
-use std::{collections::HashMap, fs::File, os::unix::fs::FileExt as _, sync::Arc};
+use std::{fs::File, os::unix::fs::FileExt as _, sync::Arc};
 
 use self::dwarf::Dwarf;
+pub use self::store::SourceStats;
+pub(super) use self::store::SourceStore;
 use super::demangle;
 use crate::{
     elf::{self, GoCall, GoTable, Section, Unread},
-    profile::{Executable, ExecutableId, FunctionName, InlinedFunction, SourceLine},
+    profile::{FunctionName, InlinedFunction, SourceLine},
 };
 
 /// Longest name of a source file that is kept, bytes.
@@ -53,11 +56,14 @@ pub enum NoSource {
     Compression,
     /// Its debug information contradicts itself.
     Broken,
+    /// Looking things up in it takes too long.
+    TooSlow,
 }
 
 impl NoSource {
     /// Every reason.
-    pub const ALL: [Self; 5] = [Self::Unreadable, Self::NoDebugInfo, Self::OverBudget, Self::Compression, Self::Broken];
+    pub const ALL: [Self; 6] =
+        [Self::Unreadable, Self::NoDebugInfo, Self::OverBudget, Self::Compression, Self::Broken, Self::TooSlow];
 
     /// Its name for people and metrics.
     pub const fn label(self) -> &'static str {
@@ -67,6 +73,7 @@ impl NoSource {
             Self::OverBudget => "over budget",
             Self::Compression => "unknown compression",
             Self::Broken => "broken debug information",
+            Self::TooSlow => "too slow",
         }
     }
 }
@@ -195,103 +202,4 @@ fn go_function(call: GoCall) -> FunctionAt {
 /// A file's name, no longer than is kept.
 fn file_name(name: &str) -> &str {
     &name[..name.floor_char_boundary(MAX_FILE_NAME)]
-}
-
-/// Counts, for metrics.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SourceStats {
-    /// Bytes that debug information takes, about.
-    pub bytes: usize,
-    /// Times debug information was read, and of how many files it was dropped to keep the budget.
-    pub read: u64,
-    /// See [`Self::read`].
-    pub evicted: u64,
-    /// Files that tell nothing about their source code, by reason.
-    pub by_reason: [u64; NoSource::ALL.len()],
-}
-
-struct Held {
-    source: FileSource,
-    executable: Arc<Executable>,
-    bytes: usize,
-    used: u64,
-}
-
-/// Source code of the files that were asked for last.
-pub(super) struct SourceStore {
-    options: SourceOptions,
-    files: HashMap<ExecutableId, Held>,
-    bytes: usize,
-    /// Counts requests, to tell which file was used last.
-    clock: u64,
-    stats: SourceStats,
-}
-
-impl SourceStore {
-    /// `None` where nothing is asked for.
-    pub(super) fn new(options: SourceOptions) -> Option<Self> {
-        let store = Self { options, files: HashMap::new(), bytes: 0, clock: 0, stats: SourceStats::default() };
-        (options.lines || options.inlines).then_some(store)
-    }
-
-    /// The functions at a stated address of a file, and of what was split off it.
-    pub(super) fn at(&mut self, executable: &Arc<Executable>, split_off: Option<&Arc<File>>, address: u64) -> Source {
-        self.clock += 1;
-        if let Some(held) = self.files.get(&executable.id)
-            && held.source.split_off.is_none()
-            && split_off.is_some()
-        {
-            // A server has sent it meanwhile.
-            self.bytes -= held.bytes;
-            self.files.remove(&executable.id);
-        }
-        let Some(mut held) = self.files.remove(&executable.id).or_else(|| self.open(executable, split_off)) else {
-            return Source::default();
-        };
-        self.bytes -= held.bytes;
-        let known = held.source.reason();
-        let found = held.source.find(address, self.options.bytes);
-        if let Some(reason) = held.source.reason().filter(|_| known.is_none()) {
-            self.stats.by_reason[reason as usize] += 1;
-        }
-        (held.bytes, held.used) = (held.source.bytes(), self.clock);
-        while self.bytes + held.bytes > self.options.bytes && self.evict_oldest() {}
-        self.bytes += held.bytes;
-        self.files.insert(executable.id, held);
-        Source::new(found.unwrap_or_default(), self.options)
-    }
-
-    fn open(&mut self, executable: &Arc<Executable>, split_off: Option<&Arc<File>>) -> Option<Held> {
-        let Some(file) = executable.file() else {
-            self.stats.by_reason[NoSource::Unreadable as usize] += 1;
-            return None;
-        };
-        self.stats.read += 1;
-        let source = FileSource::read(&file, executable.build_id.as_deref(), split_off, self.options.bytes);
-        Some(Held { source, executable: Arc::clone(executable), bytes: 0, used: self.clock })
-    }
-
-    /// Lets go of files that were closed.
-    pub(super) fn forget_closed(&mut self) {
-        self.files.retain(|_, held| {
-            let keep = held.executable.file().is_some();
-            if !keep {
-                self.bytes -= held.bytes;
-            }
-            keep
-        });
-    }
-
-    pub(super) fn stats(&self) -> SourceStats {
-        SourceStats { bytes: self.bytes, ..self.stats }
-    }
-
-    /// Returns whether there was one.
-    fn evict_oldest(&mut self) -> bool {
-        let oldest = self.files.iter().min_by_key(|(_, held)| held.used).map(|(&id, _)| id);
-        let Some(held) = oldest.and_then(|id| self.files.remove(&id)) else { return false };
-        self.bytes -= held.bytes;
-        self.stats.evicted += 1;
-        true
-    }
 }

@@ -5,7 +5,6 @@
 
 mod index;
 mod store;
-mod workers;
 
 use std::{fs::File, sync::Arc};
 

@@ -12,12 +12,14 @@ use std::{
 
 use tracing::debug;
 
-use super::{FileSymbols, workers::Workers};
+use super::FileSymbols;
 use crate::{
     profile::{Executable, ExecutableId, Nameless, SplitDebug},
-    symbolize::debuginfod::Debuginfod,
+    symbolize::{debuginfod::Debuginfod, workers::Workers},
 };
 
+/// Files that are read at the same time.
+const THREADS: usize = 2;
 /// How long a file may take. Real ones take milliseconds; the largest, from a cold disk, some seconds.
 const TIME_LIMIT: Duration = Duration::from_secs(15);
 
@@ -99,7 +101,7 @@ impl SymbolStore {
     pub(in crate::symbolize) fn new(budget: usize, servers: Option<Arc<Debuginfod>>) -> Self {
         Self {
             files: HashMap::new(),
-            workers: Workers::new(read, TIME_LIMIT),
+            workers: Workers::new(read, THREADS, TIME_LIMIT),
             servers,
             budget,
             evicted: HashSet::new(),
@@ -144,7 +146,7 @@ impl SymbolStore {
         for &id in &again {
             self.read_again(id);
             // Nobody waits for what was in vain before.
-            self.set_slow(id);
+            self.set_slow(id, true);
         }
         again
     }
@@ -195,10 +197,10 @@ impl SymbolStore {
         self.files.get(&id).is_some_and(|entry| entry.is_slow)
     }
 
-    /// Takes note that somebody has waited for a pending file in vain.
-    pub(in crate::symbolize) fn set_slow(&mut self, id: ExecutableId) {
+    /// Takes note that somebody has waited for a pending file in vain, or that there is nothing to wait for any more.
+    pub(in crate::symbolize) fn set_slow(&mut self, id: ExecutableId, is_slow: bool) {
         if let Some(entry) = self.files.get_mut(&id) {
-            entry.is_slow = true;
+            entry.is_slow = is_slow;
         }
     }
 
@@ -232,7 +234,7 @@ impl SymbolStore {
                     }
                 }
                 let (debug, servers) = (executable.debug_file(), self.servers.clone());
-                if !self.workers.offer(id, Job { executable, file, debug, alike, servers }) {
+                if self.workers.offer(id, Job { executable, file, debug, alike, servers }).is_err() {
                     return;
                 }
                 State::Asked

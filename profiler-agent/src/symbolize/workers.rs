@@ -8,7 +8,7 @@ use std::{
     panic::{self, AssertUnwindSafe},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        mpsc::{Receiver, SyncSender, sync_channel},
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
     thread,
     time::{Duration, Instant},
@@ -18,8 +18,6 @@ use tracing::warn;
 
 use crate::profile::ExecutableId;
 
-/// Threads that read at the same time.
-const THREADS: usize = 2;
 /// Most threads, with those that are stuck: then nothing is read until one of them comes back.
 const MAX_THREADS: usize = 8;
 /// Jobs that may wait for a thread.
@@ -34,11 +32,13 @@ type Running = Mutex<HashMap<ExecutableId, Instant>>;
 type Work<J, R> = fn(J) -> R;
 
 /// Threads that turn jobs into results.
-pub(super) struct Workers<J, R> {
+pub(in crate::symbolize) struct Workers<J, R> {
     jobs: SyncSender<(ExecutableId, J)>,
     done: Receiver<(ExecutableId, Option<R>)>,
     shared: Arc<Shared<J, R>>,
     threads: usize,
+    /// Threads that work at the same time.
+    wanted: usize,
     /// How long a thread may stay with a file.
     limit: Duration,
 }
@@ -51,29 +51,31 @@ struct Shared<J, R> {
 }
 
 impl<J: Send + 'static, R: Send + 'static> Workers<J, R> {
-    /// Workers whose threads are started when there is work.
-    pub(super) fn new(work: Work<J, R>, limit: Duration) -> Self {
+    /// As many workers, whose threads are started when there is work.
+    pub(in crate::symbolize) fn new(work: Work<J, R>, wanted: usize, limit: Duration) -> Self {
         let (jobs, waiting) = sync_channel(MAX_WAITING);
         let (results, done) = sync_channel(MAX_DONE);
         let shared = Shared { work, waiting: Mutex::new(waiting), running: Mutex::default(), results };
-        Self { jobs, done, shared: Arc::new(shared), threads: 0, limit }
+        Self { jobs, done, shared: Arc::new(shared), threads: 0, wanted, limit }
     }
 
-    /// Hands over a job. Returns whether there was room for it.
-    pub(super) fn offer(&mut self, id: ExecutableId, job: J) -> bool {
-        if self.threads < THREADS {
+    /// Hands over a job, or back where there is no room for it.
+    pub(in crate::symbolize) fn offer(&mut self, id: ExecutableId, job: J) -> Result<(), J> {
+        if self.threads < self.wanted {
             self.add_thread();
         }
-        self.jobs.try_send((id, job)).is_ok()
+        self.jobs.try_send((id, job)).map_err(|error| match error {
+            TrySendError::Full((_, job)) | TrySendError::Disconnected((_, job)) => job,
+        })
     }
 
     /// The next result, and of which file: `None` in it where the work panicked. Waits for it until `deadline`.
-    pub(super) fn next(&mut self, deadline: Instant) -> Option<(ExecutableId, Option<R>)> {
+    pub(in crate::symbolize) fn next(&mut self, deadline: Instant) -> Option<(ExecutableId, Option<R>)> {
         self.done.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()
     }
 
     /// A file that a thread has been with for too long. Each is returned once; another thread takes that thread's place.
-    pub(super) fn overdue(&mut self) -> Option<ExecutableId> {
+    pub(in crate::symbolize) fn overdue(&mut self) -> Option<ExecutableId> {
         let limit = self.limit;
         let overdue = {
             let mut running = lock(&self.shared.running);
@@ -90,9 +92,9 @@ impl<J: Send + 'static, R: Send + 'static> Workers<J, R> {
             return;
         }
         let shared = Arc::clone(&self.shared);
-        match thread::Builder::new().name("symbols".to_owned()).spawn(move || shared.run()) {
+        match thread::Builder::new().name("file reader".to_owned()).spawn(move || shared.run()) {
             Ok(_) => self.threads += 1,
-            Err(error) => warn!("a thread that reads symbols could not be started: {error}"),
+            Err(error) => warn!("a thread that reads files could not be started: {error}"),
         }
     }
 }
@@ -148,12 +150,12 @@ mod tests {
     /// it is not too late.
     #[test]
     fn slow_files_do_not_delay_others() {
-        let mut workers = Workers::new(work, Duration::ZERO);
+        let mut workers = Workers::new(work, 2, Duration::ZERO);
         let mut words = Vec::new();
         for id in 0..4 {
             let (word, waits) = sync_channel(1);
             words.push(word);
-            assert!(workers.offer(ExecutableId(id), Job::Wait(waits)));
+            assert!(workers.offer(ExecutableId(id), Job::Wait(waits)).is_ok());
         }
         let mut overdue = Vec::new();
         let begin = Instant::now();
@@ -163,7 +165,7 @@ mod tests {
         }
         overdue.sort_unstable();
         assert_eq!(overdue, (0..4).map(ExecutableId).collect::<Vec<_>>());
-        assert!(workers.offer(ExecutableId(7), Job::Answer(77)));
+        assert!(workers.offer(ExecutableId(7), Job::Answer(77)).is_ok());
         assert_eq!(workers.next(begin + LONG), Some((ExecutableId(7), Some(77))));
         words[2].send(()).expect("a thread listens");
         assert_eq!(workers.next(begin + LONG), Some((ExecutableId(2), Some(0))));
@@ -172,11 +174,11 @@ mod tests {
     /// A thread outlives a job that panics.
     #[test]
     fn panics_cost_one_result() {
-        let mut workers = Workers::new(work, LONG);
+        let mut workers = Workers::new(work, 2, LONG);
         for id in 0..3 {
-            assert!(workers.offer(ExecutableId(id), Job::Panic));
+            assert!(workers.offer(ExecutableId(id), Job::Panic).is_ok());
         }
-        assert!(workers.offer(ExecutableId(3), Job::Answer(33)));
+        assert!(workers.offer(ExecutableId(3), Job::Answer(33)).is_ok());
         let deadline = Instant::now() + LONG;
         let mut results: Vec<_> = (0..4).filter_map(|_| workers.next(deadline)).collect();
         results.sort_unstable();
