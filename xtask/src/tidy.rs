@@ -27,6 +27,19 @@ pub(crate) fn main(workspace: &Path) -> Outcome {
         "--deny",
         "warnings",
     ]))?;
+    // What is only there for the fuzz targets.
+    run(cargo(workspace).args([
+        "clippy",
+        "--release",
+        "--package",
+        "profiler-agent",
+        "--lib",
+        "--",
+        "--cfg",
+        "fuzzing",
+        "--deny",
+        "warnings",
+    ]))?;
     let mut sources = Vec::new();
     for folder in ["profiler-common", "profiler-ebpf", "profiler-agent", "fuzz", "tests", "xtask"] {
         collect_sources(&workspace.join(folder), &mut sources)?;

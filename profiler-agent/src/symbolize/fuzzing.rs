@@ -42,7 +42,7 @@ pub fn debug_info(bytes: &[u8]) {
     if elf::summarize(&file).is_none() {
         return;
     }
-    let mut source = source::FileSource::read(&file, None, ROOM);
+    let mut source = source::FileSource::read(&file, None, None, ROOM);
     for address in addresses.into_iter().chain([u64::MAX]) {
         for function in source.find(address, ROOM).unwrap_or_default() {
             assert!(function.place.is_none_or(|place| place.file.len() <= 4096));

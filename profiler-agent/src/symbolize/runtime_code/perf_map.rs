@@ -52,7 +52,7 @@ impl PerfMap {
             progress = Progress::Restarted;
         }
         self.stamp = None;
-        let mut buffer = vec![0; MAX_LINE];
+        let mut buffer: Box<[u8]> = vec![0; MAX_LINE].into();
         loop {
             let want = usize::try_from(*allowance).unwrap_or(usize::MAX).min(MAX_LINE);
             if want == 0 || self.read > u64::from(u32::MAX) {
