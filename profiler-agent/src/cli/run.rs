@@ -22,7 +22,6 @@ use crate::{
     symbolize::debuginfod::Debuginfod,
 };
 
-const NAMES_BYTES: usize = 32 << 20;
 /// Times a request is sent before its samples are given up.
 const SEND_ATTEMPTS: u32 = 5;
 /// Pause before the first repetition; doubles with each.
@@ -64,6 +63,9 @@ pub(super) struct Arguments {
     /// Most memory for debug information, MiB, where lines or inlined functions are looked for.
     #[arg(long, env = "PROFILER_DWARF_MIB", value_name = "MIB")]
     dwarf_mib: Option<u32>,
+    /// Most memory for names, MiB: named frames, symbols of files, and what processes say of code they make.
+    #[arg(long, env = "PROFILER_NAMES_MIB", value_name = "MIB")]
+    names_mib: Option<u32>,
     /// OTLP gRPC endpoint that profiles are sent to. OTEL_EXPORTER_OTLP_ENDPOINT is used where this is not set.
     #[arg(long, env = "OTEL_EXPORTER_OTLP_PROFILES_ENDPOINT", value_name = "URL")]
     endpoint: Option<String>,
@@ -96,6 +98,7 @@ Configuration file, with the defaults:
     lines: false
     inlines: false
     dwarf_mib: 256
+    names_mib: 32
     debuginfod:
       urls: []
       cache: /var/cache/profiler-agent/debuginfod
@@ -119,6 +122,7 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
         lines: arguments.lines,
         inlines: arguments.inlines,
         dwarf_mib: arguments.dwarf_mib,
+        names_mib: arguments.names_mib,
         endpoint: arguments.endpoint.or_else(|| std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok()),
         window: arguments.window,
         status: arguments.status_listen,
@@ -177,7 +181,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         events: config.events,
         period: Duration::from_nanos(1_000_000_000 / config.frequency),
         window: Some(config.window),
-        names_bytes: NAMES_BYTES,
+        names_bytes: config.names_bytes,
         debuginfod: debuginfod.map(Arc::new),
         source: config.source,
         unwind_table_bytes: config.table_bytes,

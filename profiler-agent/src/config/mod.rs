@@ -34,6 +34,10 @@ const WINDOW_RANGE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1).
 /// Less than this would not hold the tables of one large program; more than this the kernel programs cannot address.
 const TABLE_MIB_RANGE: std::ops::RangeInclusive<u32> = 2..=(DEFAULT_TABLE_BYTES >> 20) as u32;
 
+/// Memory for named frames, symbols of files and what processes say of code they make.
+const DEFAULT_NAMES_MIB: u32 = 32;
+/// With less, a large program's symbols would be read again and again.
+const NAMES_MIB_RANGE: std::ops::RangeInclusive<u32> = 8..=4096;
 /// Where files from debuginfod servers are kept.
 const DEFAULT_DEBUGINFOD_CACHE: &str = "/var/cache/profiler-agent/debuginfod";
 const DEFAULT_DEBUGINFOD_CACHE_MIB: u64 = 1024;
@@ -76,6 +80,7 @@ struct Symbolize {
     lines: Option<bool>,
     inlines: Option<bool>,
     dwarf_mib: Option<u32>,
+    names_mib: Option<u32>,
     debuginfod: Debuginfod,
 }
 
@@ -131,6 +136,8 @@ pub struct Overrides {
     pub inlines: Option<bool>,
     /// Most memory for debug information, MiB.
     pub dwarf_mib: Option<u32>,
+    /// Most memory for names, MiB.
+    pub names_mib: Option<u32>,
     /// OTLP endpoint.
     pub endpoint: Option<String>,
     /// Length of a window.
@@ -154,6 +161,8 @@ pub struct Config {
     pub debuginfod: Option<debuginfod::Settings>,
     /// Whether source lines and inlined functions are looked for.
     pub source: SourceOptions,
+    /// Most memory for names, bytes.
+    pub names_bytes: usize,
     /// OTLP endpoint, gRPC.
     pub endpoint: String,
     /// How long samples are aggregated before they are exported.
@@ -224,6 +233,7 @@ impl Config {
                 inlines: overrides.inlines.or(file.symbolize.inlines).unwrap_or(false),
                 bytes: dwarf_bytes(overrides.dwarf_mib.or(file.symbolize.dwarf_mib))?,
             },
+            names_bytes: names_bytes(overrides.names_mib.or(file.symbolize.names_mib))?,
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
             endpoint: overrides.endpoint.or(file.export.endpoint).unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
             window,
@@ -280,6 +290,14 @@ fn parse(text: &str) -> anyhow::Result<File> {
     Ok(serde_saphyr::from_str(text)?)
 }
 
+fn names_bytes(mib: Option<u32>) -> anyhow::Result<usize> {
+    let mib = mib.unwrap_or(DEFAULT_NAMES_MIB);
+    if !NAMES_MIB_RANGE.contains(&mib) {
+        bail!("symbolize.names_mib: {mib} is outside of {} to {} MiB", NAMES_MIB_RANGE.start(), NAMES_MIB_RANGE.end());
+    }
+    Ok((mib as usize) << 20)
+}
+
 /// Checks the most memory for debug information, MiB.
 pub fn dwarf_bytes(mib: Option<u32>) -> anyhow::Result<usize> {
     let Some(mib) = mib else { return Ok(SourceOptions::DEFAULT_BYTES) };
@@ -329,6 +347,7 @@ mod tests {
             table_bytes: 64 << 20,
             debuginfod: None,
             source: SourceOptions::default(),
+            names_bytes: 32 << 20,
             endpoint: DEFAULT_ENDPOINT.to_owned(),
             window: DEFAULT_WINDOW,
             status: "127.0.0.1:7081".parse().expect("an address"),
@@ -414,6 +433,7 @@ mod tests {
         );
         check("symbolize:\n  debuginfod:\n    cache: ''\n", Overrides::default(), Err("symbolize.debuginfod.cache"));
         check("symbolize:\n  dwarf_mib: 1\n", Overrides::default(), Err("symbolize.dwarf_mib"));
+        check("symbolize:\n  names_mib: 7\n", Overrides::default(), Err("symbolize.names_mib: 7 is outside of 8"));
         check("status:\n  listen: nowhere\n", Overrides::default(), Err("status.listen"));
         check("", Overrides { frequency: Some(0), ..Overrides::default() }, Err("at least 1"));
     }
