@@ -14,7 +14,7 @@
 //! the queue of profiles is closed behind the last one.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     path::Path,
     sync::{
         Arc,
@@ -37,7 +37,7 @@ use crate::{
     aggregate::Window,
     kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand},
     process::{ProcessTable, Published},
-    profile::{Events, KernelCode, LocatedSample, Profile, RawSample, Tally},
+    profile::{Events, KernelChanges, LocatedSample, Profile, RawSample, Tally},
     status::Stats,
     symbolize::{FrameNamer, SourceOptions, debuginfod::Debuginfod},
     unwind_info::TableBuilder,
@@ -49,8 +49,6 @@ use crate::{
 pub const DRAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// Batches that may wait for the namer.
 const BATCH_QUEUE: usize = 2;
-/// Pieces of the kernel's own code that may come and go between two batches.
-const KERNEL_CODE_QUEUE: usize = 4096;
 /// Profiles that may wait for the exporters.
 const PROFILE_QUEUE: usize = 4;
 
@@ -97,7 +95,7 @@ pub struct Options {
 struct Batch {
     samples: Vec<LocatedSample>,
     /// What came and went in the kernel since the last batch.
-    kernel_code: VecDeque<KernelCode>,
+    kernel_code: KernelChanges,
     closes_window: bool,
 }
 
@@ -145,7 +143,7 @@ impl Pipeline {
                         published,
                         tables,
                         waits: options.events.includes_off_cpu().then(WaitBook::default),
-                        kernel_code: VecDeque::new(),
+                        kernel_code: KernelChanges::default(),
                         batches: batch_sender,
                         waiting: None,
                         stats,
@@ -197,7 +195,7 @@ struct Collector {
     tables: TableBuilder,
     waits: Option<WaitBook>,
     /// For the next batch.
-    kernel_code: VecDeque<KernelCode>,
+    kernel_code: KernelChanges,
     batches: SyncSender<Batch>,
     /// A batch that found the queue full. Nothing is drained while it waits.
     waiting: Option<Batch>,
@@ -294,16 +292,9 @@ impl Collector {
         sources.notices.get_mut().read(|notice| self.table.notice(notice));
         if let Some(side_band) = &mut sources.side_band {
             let (table, kernel_code) = (&mut self.table, &mut self.kernel_code);
-            side_band.get_mut().read(
-                |mapping| table.mapped(mapping),
-                |code| {
-                    // (Beyond that, the oldest are forgotten; their names may be wrong until modules change.)
-                    if kernel_code.len() == KERNEL_CODE_QUEUE {
-                        kernel_code.pop_front();
-                    }
-                    kernel_code.push_back(code);
-                },
-            );
+            let lost = side_band.get_ref().lost();
+            side_band.get_mut().read(|mapping| table.mapped(mapping), |code| kernel_code.add(code));
+            kernel_code.is_incomplete |= side_band.get_ref().lost() != lost;
         }
         self.table.catch_up();
         self.publish();

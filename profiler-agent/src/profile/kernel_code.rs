@@ -10,3 +10,26 @@ pub struct KernelCode {
     /// Its name; `None` when it went.
     pub name: Option<Box<str>>,
 }
+
+/// Most pieces of code that are remembered of what came and went.
+const MAX_CODE: usize = 4096;
+
+/// Code that came and went, in that order.
+#[derive(Debug, Default)]
+pub struct KernelChanges {
+    /// What is known of it.
+    pub code: Vec<KernelCode>,
+    /// Whether there was more.
+    pub is_incomplete: bool,
+}
+
+impl KernelChanges {
+    /// Adds what came or went last.
+    pub fn add(&mut self, code: KernelCode) {
+        if self.code.len() >= MAX_CODE {
+            self.code.clear();
+            self.is_incomplete = true;
+        }
+        self.code.push(code);
+    }
+}

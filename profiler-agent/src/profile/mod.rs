@@ -16,7 +16,7 @@ pub use self::{
     events::{Events, Tally},
     executable::{Executable, ExecutableId, Segment, SplitDebug},
     frame::{Frame, FrameName, FrameType, FunctionName, InlinedFunction, Nameless, SourceLine, printable},
-    kernel_code::KernelCode,
+    kernel_code::{KernelChanges, KernelCode},
     located::{LocatedSample, Location, ProcessInfo},
     raw::{DecodeError, RawSample, WaitDue, Waited},
     runtime_code::{RuntimeCode, RuntimeFile, RuntimeFileKind},

@@ -44,7 +44,7 @@ impl KernelSymbols {
     }
 
     /// Reads all symbols again, at the next question. Every name that was given before may be wrong by now.
-    fn read_again(&mut self) {
+    pub(super) fn read_again(&mut self) {
         self.symbolizer = symbolizer();
         self.announced.clear();
     }

@@ -37,8 +37,8 @@ pub use self::{
     symbols::SymbolSource,
 };
 use crate::profile::{
-    Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, KernelCode, LocatedSample, Location, Nameless,
-    Profile, RuntimeCode,
+    Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, KernelChanges, KernelCode, LocatedSample,
+    Location, Nameless, Profile, RuntimeCode,
 };
 
 /// What was asked and found, for metrics.
@@ -130,11 +130,16 @@ impl FrameNamer {
         }
     }
 
-    /// Takes note of code that came or went in the kernel, in that order.
-    pub fn announce<'a>(&mut self, code: impl IntoIterator<Item = &'a KernelCode>) {
+    /// Takes note of code that came or went in the kernel.
+    pub fn announce(&mut self, changes: &KernelChanges) {
         /// Changes for each of which it is worth looking at every frame.
         const FEW: usize = 64;
-        let changed: Vec<&KernelCode> = code.into_iter().inspect(|code| self.kernel.announce(code)).collect();
+        let KernelChanges { code: changed, is_incomplete } = changes;
+        if *is_incomplete {
+            self.kernel.read_again();
+            self.cache.forget_kernel(|_| true);
+        }
+        changed.iter().for_each(|code| self.kernel.announce(code));
         let is_in = |address: &u64, code: &KernelCode| (code.start..code.end).contains(address);
         match changed.len() {
             0 => {}
