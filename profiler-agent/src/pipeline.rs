@@ -424,7 +424,7 @@ impl Collector {
     }
 }
 
-/// Waits for new code; for ever where they are not announced.
+/// Waits for new code; for ever where it is not announced.
 async fn code_appears(side_band: &mut Option<AsyncFd<SideBand>>) {
     let Some(side_band) = side_band else { return std::future::pending().await };
     if let Ok(mut guard) = side_band.readable_mut().await {

@@ -1,9 +1,13 @@
-//! Opens regular files and nothing else: opening a pipe may block, and opening a device may do anything.
+//! Opens regular files and nothing else: opening a pipe may block, and opening a device may do anything. Tells whether one
+//! was written to since.
 
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    },
     path::Path,
 };
 
@@ -22,4 +26,18 @@ pub(crate) fn reopen(place: &File) -> io::Result<File> {
         .read(true)
         .custom_flags(nix::libc::O_NONBLOCK)
         .open(format!("/proc/self/fd/{}", place.as_raw_fd()))
+}
+
+/// Tells contents of one inode apart. (The change time also changes with the last link: a deleted file is still the same.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    pub(crate) size: u64,
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    pub(crate) fn of(file: &File) -> Option<Self> {
+        let metadata = file.metadata().ok()?;
+        Some(Self { size: metadata.size(), modified: (metadata.mtime(), metadata.mtime_nsec()) })
+    }
 }

@@ -110,9 +110,7 @@ pub(crate) fn for_tests(workspace: &Path) -> Outcome {
             .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
             .args(["grpcio", "opentelemetry-proto>=1.40"]))?;
     }
-    if let Err(missing) = unpack_python(&workspace.join("target/distribution")) {
-        eprintln!("xtask: no stripped Python with its debug files, tests skip it: {missing}");
-    }
+    unpack_python(&workspace.join("target/distribution"))?;
     container_root(workspace)
 }
 
@@ -152,7 +150,10 @@ fn unpack_python(folder: &Path) -> Outcome {
     }
     update_package_lists();
     let debug_package = |version: &&&str| is_available(&format!("python{version}-dbg"));
-    let version = PYTHONS.iter().find(debug_package).ok_or("this system's packages have no debug files of Python")?;
+    let Some(version) = PYTHONS.iter().find(debug_package) else {
+        eprintln!("xtask: SKIPPED: this system's packages have no debug files of Python; no server is asked for them");
+        return Ok(());
+    };
     let expat = if is_available("libexpat1") { "libexpat1" } else { "libexpat1t64" };
     let programs = ["libc6", "zlib1g", "libgcc-s1", "libstdc++6", expat].map(str::to_owned).into_iter().chain(
         ["python{}-minimal", "libpython{}-minimal", "libpython{}-stdlib"].map(|name| name.replace("{}", version)),

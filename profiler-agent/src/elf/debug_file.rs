@@ -12,7 +12,10 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tracing::debug;
 
 use super::{Section, read, summarize};
-use crate::{profile::SplitDebug, regular_file};
+use crate::{
+    profile::{SplitDebug, hex},
+    regular_file,
+};
 
 /// Where this machine keeps debug files.
 const DEBUG_FILES: &str = "/usr/lib/debug";
@@ -86,8 +89,7 @@ fn checksum(file: &File) -> Option<u32> {
 /// Where the debug file of the executable with this build ID is in a folder of debug files.
 pub(crate) fn debug_file_name(build_id: &[u8]) -> Option<String> {
     let (first, rest) = build_id.split_first()?;
-    let rest: String = rest.iter().map(|byte| format!("{byte:02x}")).collect();
-    Some(format!(".build-id/{first:02x}/{rest}.debug"))
+    Some(format!(".build-id/{}/{}.debug", hex(&[*first]), hex(rest)))
 }
 
 /// The debug file that was split off the executable with this build ID, as it says itself.

@@ -11,7 +11,7 @@ use prost::Message;
 
 use super::{incomplete_marker, legible, wait_marker};
 use crate::label;
-use crate::profile::{Events, ExecutableId, Frame, FrameName, FrameType, Profile, SourceLine};
+use crate::profile::{Events, ExecutableId, Frame, FrameName, FrameType, Profile, SourceLine, hex};
 
 #[derive(Clone, PartialEq, Eq, Message)]
 struct ValueType {
@@ -309,16 +309,6 @@ impl Tables {
             id
         })
     }
-}
-
-/// Lower-case hexadecimal digits.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        // SANITY: writing to a string cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     elf::{self, ElfSummary},
     profile::{Executable, ExecutableId, SplitDebug},
-    regular_file,
+    regular_file::{self, Stamp},
 };
 
 /// Most files kept open. Further ones are known by name only, and opened when there is room.
@@ -59,21 +59,6 @@ impl Entry {
     /// Whether the file is open and has not been rewritten since.
     fn is_current(&self) -> bool {
         self.stamp.is_some() && self.file.0.file().and_then(|file| Stamp::of(&file)) == self.stamp
-    }
-}
-
-/// Tells contents of one inode apart. (The change time also changes with the last link: a deleted file is
-/// still the same.)
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
-    size: u64,
-    modified: (i64, i64),
-}
-
-impl Stamp {
-    fn of(file: &File) -> Option<Self> {
-        let metadata = file.metadata().ok()?;
-        Some(Self { size: metadata.size(), modified: (metadata.mtime(), metadata.mtime_nsec()) })
     }
 }
 

@@ -112,3 +112,13 @@ impl Executable {
         segment.address.0.checked_add(offset.0 - segment.offset.0).map(VirtualAddress)
     }
 }
+
+/// How a build ID is written: lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // SANITY: writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

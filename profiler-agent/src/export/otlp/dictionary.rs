@@ -10,8 +10,8 @@ use opentelemetry_proto::tonic::{
 };
 
 use crate::{
-    export::{legible, pprof::hex},
-    profile::{Executable, ExecutableId, Frame, FrameName, FunctionName, SourceLine},
+    export::legible,
+    profile::{Executable, ExecutableId, Frame, FrameName, FunctionName, SourceLine, hex},
 };
 
 /// A request's dictionary under construction.

@@ -29,7 +29,7 @@ use self::{
     cache::{DiskCache, Incoming},
     server::Server,
 };
-use crate::elf::MAX_BUILD_ID;
+use crate::{elf::MAX_BUILD_ID, profile::hex};
 
 /// Shortest build ID that servers are asked for: those of linkers have 8 bytes or more, and what is shorter does not
 /// tell files apart.
@@ -171,7 +171,7 @@ impl BuildId {
 
     /// What it is called in requests and file names.
     fn hex(&self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&self.0)
     }
 }
 

@@ -8,10 +8,11 @@ use std::{fs::File, os::unix::fs::FileExt as _};
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use super::{
-    MAX_NAME, Progress, Stamp,
+    MAX_NAME, Progress,
     ranges::{CodeRanges, RANGE_BYTES},
     text,
 };
+use crate::regular_file::Stamp;
 
 const MAGIC: u32 = 0x4a69_5444;
 /// Bytes that are read at once: a record without the code, most of the time.

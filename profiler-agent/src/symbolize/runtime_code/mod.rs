@@ -13,7 +13,6 @@ use std::{
     collections::{BTreeMap, HashMap},
     fs::File,
     hash::{DefaultHasher, Hash as _, Hasher as _},
-    os::unix::fs::MetadataExt as _,
     sync::{Arc, Weak},
 };
 
@@ -37,20 +36,6 @@ enum Progress {
     Added,
     /// Something else than before.
     Restarted,
-}
-
-/// Tells whether a file was written to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
-    size: u64,
-    modified: (i64, i64),
-}
-
-impl Stamp {
-    fn of(file: &File) -> Option<Self> {
-        let metadata = file.metadata().ok()?;
-        Some(Self { size: metadata.size(), modified: (metadata.mtime(), metadata.mtime_nsec()) })
-    }
 }
 
 /// A name as text without control characters; `None` where there is none.

@@ -11,10 +11,11 @@
 use std::{fs::File, os::unix::fs::FileExt as _};
 
 use super::{
-    MAX_NAME, Progress, Stamp,
+    MAX_NAME, Progress,
     ranges::{CodeRanges, RANGE_BYTES},
     text,
 };
+use crate::regular_file::Stamp;
 
 /// Longest line that is read as a whole. Of a longer one the beginning counts.
 const MAX_LINE: usize = if cfg!(fuzzing) { 64 } else { 64 << 10 };
