@@ -235,8 +235,8 @@ async fn export(
 ) {
     let mut reachable = true;
     while let Some(profile) = profiles.recv().await {
-        for (tally, request) in otlp::requests(&profile) {
-            let sent = request.resource_profiles.len();
+        for request in otlp::requests(&profile) {
+            let (tally, sent) = (request.tally, request.profiles as usize);
             let outcome = tokio::select! {
                 biased;
                 _ = given_up.wait_for(|&given_up| given_up) => {
@@ -269,14 +269,10 @@ async fn export(
     }
 }
 
-async fn send(
-    client: &mut Client,
-    request: opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfilesServiceRequest,
-    stats: &Stats,
-) -> Result<i64, otlp::ClientError> {
+async fn send(client: &mut Client, request: otlp::Request, stats: &Stats) -> Result<i64, otlp::ClientError> {
     let mut pause = FIRST_PAUSE;
     for _ in 1..SEND_ATTEMPTS {
-        match client.send(request.clone()).await {
+        match client.send(&request).await {
             Err(error) if error.is_retryable() => {
                 stats.export_retries.add(1);
                 tokio::time::sleep(pause).await;
@@ -285,5 +281,5 @@ async fn send(
             outcome => return outcome,
         }
     }
-    client.send(request).await
+    client.send(&request).await
 }

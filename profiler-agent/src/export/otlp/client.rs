@@ -5,12 +5,15 @@ use std::time::Duration;
 use opentelemetry_proto::tonic::collector::profiles::v1development::{
     ExportProfilesServiceRequest, profiles_service_client::ProfilesServiceClient,
 };
+use prost::Message as _;
 use thiserror::Error;
 use tonic::{
     Code,
     codec::CompressionEncoding,
     transport::{Channel, Endpoint},
 };
+
+use super::Request;
 
 /// How long one request may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -86,7 +89,9 @@ impl Client {
     }
 
     /// Sends one request. The result is how many of its profiles the receiver rejected while accepting the rest.
-    pub async fn send(&mut self, request: ExportProfilesServiceRequest) -> Result<i64, ClientError> {
+    pub async fn send(&mut self, request: &Request) -> Result<i64, ClientError> {
+        let request = ExportProfilesServiceRequest::decode(request.body.clone())
+            .map_err(|error| ClientError::Refused { code: Code::InvalidArgument, message: error.to_string() })?;
         match self.inner.export(request).await {
             Ok(response) => Ok(response.into_inner().partial_success.map_or(0, |partial| partial.rejected_profiles)),
             Err(status) => Err(ClientError::Refused { code: status.code(), message: status.message().to_owned() }),

@@ -12,11 +12,14 @@ use opentelemetry_proto::tonic::{
 };
 use prost::Message as _;
 
-use super::dictionary::{AttributeValue, Dictionary};
+use super::{
+    Request,
+    dictionary::{AttributeValue, Dictionary},
+};
 use crate::{
     export::legible,
     label,
-    profile::{Profile, Sample, Tally},
+    profile::{Profile, Sample},
 };
 
 /// Samples per request at most.
@@ -24,8 +27,8 @@ const MAX_SAMPLES: usize = 4096;
 /// Bytes per request at most: gRPC receivers accept 4 MiB by default.
 const MAX_REQUEST_BYTES: usize = 7 << 19;
 
-/// Encodes a profile, split into requests that receivers accept; each with how much it stands for.
-pub fn requests(profile: &Profile) -> impl Iterator<Item = (Tally, ExportProfilesServiceRequest)> {
+/// Encodes a profile, split into requests that receivers accept.
+pub fn requests(profile: &Profile) -> impl Iterator<Item = Request> {
     profile.samples.chunks(MAX_SAMPLES).flat_map(|samples| {
         let mut requests = Vec::new();
         encode_within_limit(profile, samples, &mut requests);
@@ -34,18 +37,20 @@ pub fn requests(profile: &Profile) -> impl Iterator<Item = (Tally, ExportProfile
 }
 
 /// Halves what is too large; one sample alone is sent whatever its size.
-fn encode_within_limit(
-    profile: &Profile,
-    samples: &[Sample],
-    requests: &mut Vec<(Tally, ExportProfilesServiceRequest)>,
-) {
+fn encode_within_limit(profile: &Profile, samples: &[Sample], requests: &mut Vec<Request>) {
     let request = request(profile, samples);
     if samples.len() > 1 && request.encoded_len() > MAX_REQUEST_BYTES {
         let (first, second) = samples.split_at(samples.len() / 2);
         encode_within_limit(profile, first, requests);
         encode_within_limit(profile, second, requests);
     } else {
-        requests.push((samples.iter().map(Sample::tally).sum(), request));
+        let profiles = request.resource_profiles.iter().flat_map(|resource| &resource.scope_profiles);
+        requests.push(Request {
+            profiles: profiles.map(|scope| u32::try_from(scope.profiles.len()).unwrap_or(u32::MAX)).sum(),
+            tally: samples.iter().map(Sample::tally).sum(),
+            closed: profile.start + profile.duration,
+            body: request.encode_to_vec().into(),
+        });
     }
 }
 

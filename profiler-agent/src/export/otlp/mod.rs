@@ -3,10 +3,12 @@
 mod client;
 mod dictionary;
 mod encode;
+mod request;
 
 pub use self::{
     client::{Client, ClientError},
     encode::requests,
+    request::Request,
 };
 
 use prost::Message as _;
