@@ -235,7 +235,7 @@ async fn export(
 ) {
     let mut reachable = true;
     while let Some(profile) = profiles.recv().await {
-        for request in otlp::requests(&profile) {
+        for request in otlp::requests(&profile, &otlp::Options::default()) {
             let (tally, sent) = (request.tally, request.profiles as usize);
             let outcome = tokio::select! {
                 biased;

@@ -17,37 +17,52 @@ use super::{
     dictionary::{AttributeValue, Dictionary},
 };
 use crate::{
-    export::legible,
+    export::{legible, pprof},
     label,
-    profile::{Profile, Sample},
+    profile::{Events, Profile, Sample},
 };
 
-/// Samples per request at most.
-const MAX_SAMPLES: usize = 4096;
+/// Samples per request at most: Pyroscope takes no more in a profile.
+const MAX_SAMPLES: usize = 16_000;
 /// Bytes per request at most: gRPC receivers accept 4 MiB by default.
 const MAX_REQUEST_BYTES: usize = 7 << 19;
 
+/// How profiles are encoded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Whether each profile carries itself in pprof's form too, for receivers that read nothing else. About doubles what is
+    /// sent.
+    pub original_payload: bool,
+}
+
 /// Encodes a profile, split into requests that receivers accept.
-pub fn requests(profile: &Profile) -> impl Iterator<Item = Request> {
-    profile.samples.chunks(MAX_SAMPLES).flat_map(|samples| {
-        let mut requests = Vec::new();
-        encode_within_limit(profile, samples, &mut requests);
-        requests
-    })
+pub fn requests(profile: &Profile, options: &Options) -> Vec<Request> {
+    let mut requests = Vec::new();
+    for samples in in_order(profile).chunks(MAX_SAMPLES) {
+        encode_within_limit(profile, samples, options, &mut requests);
+    }
+    requests
+}
+
+/// A profile's samples, those of a service side by side: what they share is in one request.
+pub(super) fn in_order(profile: &Profile) -> Vec<&Sample> {
+    let mut samples: Vec<&Sample> = profile.samples.iter().collect();
+    samples.sort_by_key(|sample| label::service_name(&sample.process));
+    samples
 }
 
 /// Halves what is too large; one sample alone is sent whatever its size.
-fn encode_within_limit(profile: &Profile, samples: &[Sample], requests: &mut Vec<Request>) {
-    let request = request(profile, samples);
+fn encode_within_limit(profile: &Profile, samples: &[&Sample], options: &Options, requests: &mut Vec<Request>) {
+    let request = request(profile, samples, options);
     if samples.len() > 1 && request.encoded_len() > MAX_REQUEST_BYTES {
         let (first, second) = samples.split_at(samples.len() / 2);
-        encode_within_limit(profile, first, requests);
-        encode_within_limit(profile, second, requests);
+        encode_within_limit(profile, first, options, requests);
+        encode_within_limit(profile, second, options, requests);
     } else {
         let profiles = request.resource_profiles.iter().flat_map(|resource| &resource.scope_profiles);
         requests.push(Request {
             profiles: profiles.map(|scope| u32::try_from(scope.profiles.len()).unwrap_or(u32::MAX)).sum(),
-            tally: samples.iter().map(Sample::tally).sum(),
+            tally: samples.iter().map(|sample| sample.tally()).sum(),
             closed: profile.start + profile.duration,
             body: request.encode_to_vec().into(),
         });
@@ -55,7 +70,7 @@ fn encode_within_limit(profile: &Profile, samples: &[Sample], requests: &mut Vec
 }
 
 /// Encodes some of a profile's samples as one request: a resource per service.
-pub(super) fn request(profile: &Profile, samples: &[Sample]) -> ExportProfilesServiceRequest {
+pub(super) fn request(profile: &Profile, samples: &[&Sample], options: &Options) -> ExportProfilesServiceRequest {
     let mut by_service: BTreeMap<&str, Vec<&Sample>> = BTreeMap::new();
     for sample in samples {
         by_service.entry(label::service_name(&sample.process)).or_default().push(sample);
@@ -71,7 +86,7 @@ pub(super) fn request(profile: &Profile, samples: &[Sample]) -> ExportProfilesSe
                     version: env!("CARGO_PKG_VERSION").to_owned(),
                     ..InstrumentationScope::default()
                 }),
-                profiles: wire_profiles(profile, &samples, &mut dictionary),
+                profiles: wire_profiles(profile, &samples, options, &mut dictionary),
                 schema_url: String::new(),
             }],
             schema_url: String::new(),
@@ -91,7 +106,12 @@ fn resource(service: &str) -> Resource {
 }
 
 /// A profile of CPU time and one of waits, where there are samples of either.
-fn wire_profiles(profile: &Profile, samples: &[&Sample], dictionary: &mut Dictionary) -> Vec<WireProfile> {
+fn wire_profiles(
+    profile: &Profile,
+    samples: &[&Sample],
+    options: &Options,
+    dictionary: &mut Dictionary,
+) -> Vec<WireProfile> {
     let (off_cpu, on_cpu): (Vec<&Sample>, Vec<&Sample>) = samples.iter().partition(|sample| sample.kind.is_off_cpu());
     let mut profiles = Vec::new();
     if !on_cpu.is_empty() {
@@ -103,6 +123,18 @@ fn wire_profiles(profile: &Profile, samples: &[&Sample], dictionary: &mut Dictio
     if !off_cpu.is_empty() {
         let sample_type = value_type(dictionary, "off_cpu", "nanoseconds");
         profiles.push(wire_profile(profile, &off_cpu, sample_type, (ValueType::default(), 0), dictionary));
+    }
+    if options.original_payload {
+        let parts = [(Events::OnCpu, on_cpu), (Events::OffCpu, off_cpu)];
+        let parts = parts.into_iter().filter(|(_, samples)| !samples.is_empty());
+        for (wire, (events, samples)) in profiles.iter_mut().zip(parts) {
+            let Profile { start, duration, period, .. } = *profile;
+            let part = Profile { events, start, duration, period, samples: samples.into_iter().cloned().collect() };
+            if let Ok(payload) = pprof::encode(&part) {
+                wire.original_payload_format = "pprof".to_owned();
+                wire.original_payload = payload;
+            }
+        }
     }
     profiles
 }
@@ -135,8 +167,15 @@ fn wire_profile(
         duration_nano: nanos(profile.duration),
         period_type: Some(period_type),
         period,
+        profile_id: profile_id(),
         ..WireProfile::default()
     }
+}
+
+/// Tells a profile that arrives twice: 16 random bytes. Empty, which means none, where the system has no random numbers.
+fn profile_id() -> Vec<u8> {
+    let mut id = vec![0; 16];
+    getrandom::fill(&mut id).map(|()| id).unwrap_or_default()
 }
 
 fn value_type(dictionary: &mut Dictionary, name: &str, unit: &str) -> ValueType {
@@ -161,13 +200,19 @@ fn attributes(sample: &Sample, dictionary: &mut Dictionary) -> Vec<i32> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
-    use crate::export::testing;
+    use crate::{
+        export::testing,
+        profile::{ProcessInfo, Tally},
+    };
 
     /// Index 0 of every table is the zero value, every index is valid, and the values add up.
     #[test]
     fn keeps_the_dictionary_rules() {
-        let request = request(&testing::profile(), &testing::profile().samples);
+        let profile = testing::profile();
+        let request = request(&profile, &in_order(&profile), &Options::default());
         let dictionary = request.dictionary.expect("a dictionary");
         assert_eq!(dictionary.mapping_table[0], Default::default());
         assert_eq!(dictionary.location_table[0], Default::default());
@@ -194,7 +239,8 @@ mod tests {
     #[test]
     fn writes_inlined_functions_as_lines() {
         let profile = testing::inlined();
-        let dictionary = request(&profile, &profile.samples).dictionary.expect("a dictionary");
+        let request = request(&profile, &in_order(&profile), &Options::default());
+        let dictionary = request.dictionary.expect("a dictionary");
         let location = dictionary.location_table.iter().find(|location| location.lines.len() > 1).expect("lines");
         let lines: Vec<_> = location
             .lines
@@ -211,7 +257,8 @@ mod tests {
     /// Waits are a profile of their own, in nanoseconds and without a period.
     #[test]
     fn keeps_waits_apart() {
-        let request = request(&testing::both(), &testing::both().samples);
+        let profile = testing::both();
+        let request = request(&profile, &in_order(&profile), &Options::default());
         let strings = request.dictionary.expect("a dictionary").string_table;
         let profiles = &request.resource_profiles[0].scope_profiles[0].profiles;
         assert_eq!(profiles.len(), 2);
@@ -221,5 +268,38 @@ mod tests {
         assert_eq!(strings[sample_type.unit_strindex as usize], "nanoseconds");
         assert_eq!((waits.period, waits.period_type), (0, Some(ValueType::default())));
         assert_eq!(waits.samples.iter().map(|sample| sample.values[0]).sum::<i64>(), 5_000_000);
+    }
+
+    /// What is too much for one request is split by service, loses nothing, and every profile has an identity of its own.
+    #[test]
+    fn splits_what_receivers_would_not_take() {
+        let small = testing::profile();
+        let mut profile = testing::profile();
+        profile.samples = (0..20_000)
+            .map(|number: u32| {
+                let process =
+                    ProcessInfo { name: format!("service {}", number % 3), ..(*small.samples[0].process).clone() };
+                Sample { process: process.into(), thread_name: format!("{number}").into(), ..small.samples[0].clone() }
+            })
+            .collect();
+        let requests = requests(&profile, &Options { original_payload: true });
+        assert!(requests.len() > 1 && requests.iter().all(|request| request.body.len() <= MAX_REQUEST_BYTES));
+        assert_eq!(requests.iter().map(|request| request.tally).sum::<Tally>(), profile.total());
+        let (mut ids, mut resources, mut samples, mut profiles) = (HashSet::new(), 0, 0, 0);
+        for request in &requests {
+            let decoded = ExportProfilesServiceRequest::decode(request.body.clone()).expect("a request");
+            resources += decoded.resource_profiles.len();
+            for scope in decoded.resource_profiles.iter().flat_map(|resource| &resource.scope_profiles) {
+                for profile in &scope.profiles {
+                    assert!(profile.profile_id.len() == 16 && ids.insert(profile.profile_id.clone()));
+                    assert!(profile.original_payload_format == "pprof" && !profile.original_payload.is_empty());
+                    samples += profile.samples.len();
+                    profiles += 1;
+                }
+            }
+        }
+        // Only what a border runs through is in two requests.
+        assert!(resources < 3 + requests.len());
+        assert_eq!((samples, profiles), (profile.samples.len(), requests.iter().map(|request| request.profiles).sum()));
     }
 }

@@ -7,7 +7,7 @@ mod request;
 
 pub use self::{
     client::{Client, ClientError},
-    encode::requests,
+    encode::{Options, requests},
     request::Request,
 };
 
@@ -17,5 +17,5 @@ use crate::profile::Profile;
 
 /// Encodes a profile as one binary export request: what a file holds.
 pub fn encode(profile: &Profile) -> Vec<u8> {
-    encode::request(profile, &profile.samples).encode_to_vec()
+    encode::request(profile, &encode::in_order(profile), &Options::default()).encode_to_vec()
 }
