@@ -20,5 +20,6 @@ mod ranges;
 mod regular_file;
 pub mod status;
 pub mod symbolize;
+mod system_certificates;
 pub mod unwind_info;
 pub mod waits;

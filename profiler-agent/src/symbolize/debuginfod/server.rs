@@ -4,9 +4,8 @@
 //! besides scheme and host (credentials) is never shown.
 
 use std::{
-    fmt, fs,
+    fmt,
     io::Read as _,
-    path::PathBuf,
     str::FromStr,
     sync::Arc,
     time::{Duration, Instant},
@@ -16,10 +15,11 @@ use tracing::warn;
 use ureq::{
     Agent, Error,
     http::{StatusCode, Uri},
-    tls::{PemItem, RootCerts, TlsConfig, parse_pem},
+    tls::{Certificate, RootCerts, TlsConfig},
 };
 
 use super::{Absence, BuildId, cache::Incoming};
+use crate::system_certificates;
 
 /// How long a connection may take to be there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -33,12 +33,6 @@ const MAX_FAILURES: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_secs(60);
 /// Longest time it is left alone.
 const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
-/// Names another file of trusted certificates, as OpenSSL has it.
-const CERTIFICATES_VARIABLE: &str = "SSL_CERT_FILE";
-/// Where systems keep the certificates they trust: Debian and its like, Fedora, openSUSE.
-const CERTIFICATES: [&str; 3] =
-    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem"];
-
 /// Where a server is. It is shown without what may be secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ServerUrl(Uri);
@@ -109,12 +103,10 @@ impl Server {
             config = config.proxy(None);
         }
         // An unencrypted server may redirect to an encrypted one: without certificates that is an error then.
-        let certificates = trusted_certificates();
+        let certificates: Vec<_> =
+            system_certificates::read().iter().map(|der| Certificate::from_der(der).to_owned()).collect();
         if url.is_encrypted() && certificates.is_empty() {
-            return Err(format!(
-                "{url}: no trusted certificates in {CERTIFICATES_VARIABLE} or {}",
-                CERTIFICATES.join(" or ")
-            ));
+            return Err(format!("{url}: no trusted certificates in {}", system_certificates::PLACES));
         }
         let tls = TlsConfig::builder()
             .root_certs(RootCerts::from(certificates))
@@ -195,19 +187,6 @@ impl Server {
             }
         }
     }
-}
-
-/// What the system trusts; nothing where that cannot be found.
-fn trusted_certificates() -> Vec<ureq::tls::Certificate<'static>> {
-    let chosen = std::env::var_os(CERTIFICATES_VARIABLE).map(PathBuf::from);
-    let mut files = chosen.into_iter().chain(CERTIFICATES.map(PathBuf::from));
-    let Some(text) = files.find_map(|path| fs::read(path).ok()) else { return Vec::new() };
-    parse_pem(&text)
-        .filter_map(|item| match item {
-            Ok(PemItem::Certificate(certificate)) => Some(certificate),
-            _ => None,
-        })
-        .collect()
 }
 
 /// What an error means. Its own words are not repeated: they may hold the URL.
