@@ -23,3 +23,4 @@ pub mod symbolize;
 mod system_certificates;
 pub mod unwind_info;
 pub mod waits;
+mod whole_file;

@@ -28,6 +28,16 @@ pub(crate) fn reopen(place: &File) -> io::Result<File> {
         .open(format!("/proc/self/fd/{}", place.as_raw_fd()))
 }
 
+/// Opens a regular file whose path ends in no link: what somebody put into a file's place leads nowhere else.
+pub(crate) fn open_unlinked(path: &Path) -> io::Result<File> {
+    let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no regular file"));
+    }
+    Ok(file)
+}
+
 /// Tells contents of one inode apart. (The change time also changes with the last link: a deleted file is still the same.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stamp {

@@ -8,6 +8,8 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
+use crate::whole_file::WholeFile;
+
 /// Where the recording goes. Checked before it begins; an existing file is replaced only by a whole new one.
 pub(super) enum Output {
     Stdout,
@@ -15,8 +17,8 @@ pub(super) enum Output {
     Special(PathBuf),
     File {
         path: PathBuf,
-        temporary: PathBuf,
-        file: fs::File,
+        /// Until it is written.
+        whole: Option<WholeFile>,
     },
 }
 
@@ -47,8 +49,8 @@ impl Output {
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(format!(".partial-{}", std::process::id()));
         let temporary = path.with_file_name(name);
-        let file = fs::OpenOptions::new().write(true).create_new(true).open(&temporary).with_context(cannot)?;
-        Ok(Self::File { path, temporary, file })
+        let whole = WholeFile::create(temporary, 0o666).with_context(cannot)?;
+        Ok(Self::File { path, whole: Some(whole) })
     }
 
     /// Writes the recording.
@@ -61,18 +63,14 @@ impl Output {
             Self::Special(path) => append_to(path)
                 .and_then(|mut file| file.write_all(bytes))
                 .with_context(|| format!("{} cannot be written", path.display())),
-            Self::File { path, temporary, file } => file
-                .write_all(bytes)
-                .and_then(|()| fs::rename(&temporary, &path))
-                .with_context(|| format!("{} cannot be written", path.display())),
-        }
-    }
-
-    /// Leaves nothing behind of a recording that failed.
-    pub(super) fn discard(&self) {
-        if let Self::File { temporary, .. } = self {
-            // It is gone already when the failure came after the rename.
-            let _ = fs::remove_file(temporary);
+            Self::File { path, whole } => {
+                let mut whole = whole.take().context("a recording is written once")?;
+                whole
+                    .file
+                    .write_all(bytes)
+                    .and_then(|()| whole.keep(path))
+                    .with_context(|| format!("{} cannot be written", path.display()))
+            }
         }
     }
 

@@ -190,11 +190,7 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
         .enable_all()
         .build()
         .context("the event loop could not be started")?;
-    let outcome = runtime.block_on(record(&mut recording, logging));
-    if outcome.is_err() {
-        recording.output.discard();
-    }
-    outcome
+    runtime.block_on(record(&mut recording, logging))
 }
 
 async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<ExitCode> {

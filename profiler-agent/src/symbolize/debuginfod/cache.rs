@@ -5,19 +5,18 @@
 //! checked when it is opened.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, DirBuilder, File},
     io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
     time::SystemTime,
 };
 
-use nix::fcntl::{Flock, FlockArg};
 use tracing::debug;
 
 use super::BuildId;
-use crate::elf;
+use crate::{elf, regular_file::open_unlinked, whole_file::WholeFile};
 
 /// What names of files begin with that are still arriving; no build ID does.
 const INCOMING: &str = "incoming-";
@@ -32,9 +31,8 @@ pub(super) struct DiskCache {
 
 /// A file that is arriving; removed where it is not kept.
 pub(super) struct Incoming {
-    path: PathBuf,
     /// Locked while it arrives, which tells it from one that an agent left when it was killed.
-    file: Flock<File>,
+    whole: WholeFile,
     bytes: u64,
 }
 
@@ -68,7 +66,7 @@ impl DiskCache {
     /// The file that states this build ID, marked as used now. What is there and states something else is removed.
     pub(super) fn find(&self, build_id: &BuildId) -> Option<File> {
         let path = self.path(build_id);
-        let file = match open(&path) {
+        let file = match open_unlinked(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
             Err(error) => {
@@ -96,29 +94,19 @@ impl DiskCache {
         let path = self.folder.join(format!("{INCOMING}{}-{number}", std::process::id()));
         // What a killed agent with the same PID left, and another agent has not removed.
         let _ = fs::remove_file(&path);
-        let flags = nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC;
-        let file =
-            OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).custom_flags(flags).open(&path)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => Ok(Incoming { path, file, bytes: 0 }),
-            Err((_, error)) => {
-                // It may be gone already.
-                let _ = fs::remove_file(&path);
-                Err(error.into())
-            }
-        }
+        let whole = WholeFile::create(path, 0o600)?;
+        whole.file.try_lock()?;
+        Ok(Incoming { whole, bytes: 0 })
     }
 
     /// Keeps a file that states this build ID, in the place of others that were used less recently. The result is how
     /// many of those there were; `None`: it states something else, and is not kept.
     pub(super) fn keep(&self, incoming: Incoming, build_id: &BuildId) -> io::Result<Option<u64>> {
-        if !states(&incoming.file, build_id) {
+        if !states(&incoming.whole.file, build_id) {
             return Ok(None);
         }
         let evicted = self.make_room(incoming.bytes)?;
-        // A machine that loses power must not leave a file whose head is right and whose rest is not.
-        incoming.file.sync_data()?;
-        fs::rename(&incoming.path, self.path(build_id))?;
+        incoming.whole.keep(&self.path(build_id))?;
         Ok(Some(evicted))
     }
 
@@ -169,8 +157,8 @@ impl DiskCache {
             if !entry.file_name().as_encoded_bytes().starts_with(INCOMING.as_bytes()) {
                 continue;
             }
-            let is_left = match open(&entry.path()) {
-                Ok(file) => Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok(),
+            let is_left = match open_unlinked(&entry.path()) {
+                Ok(file) => file.try_lock().is_ok(),
                 Err(_) => true,
             };
             if is_left {
@@ -189,7 +177,7 @@ impl DiskCache {
 impl Incoming {
     /// Adds what arrived.
     pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all(bytes)?;
+        self.whole.file.write_all(bytes)?;
         self.bytes += bytes.len() as u64;
         Ok(())
     }
@@ -198,23 +186,6 @@ impl Incoming {
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
-}
-
-impl Drop for Incoming {
-    fn drop(&mut self) {
-        // It was renamed where it was kept.
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
-/// Opens a regular file: no link to another place, nothing that blocks.
-fn open(path: &Path) -> io::Result<File> {
-    let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY | nix::libc::O_CLOEXEC;
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no regular file"));
-    }
-    Ok(file)
 }
 
 /// Whether it is an ELF file that states the build ID.
