@@ -47,6 +47,7 @@ const TARGETS: &[Target] = &[
     ("proc_text", 256),
     ("raw_sample", 256),
     ("sections", 384),
+    ("spool", 384),
     ("symbols", 1536),
     ("table", 512),
     ("unwind_step", 512),

@@ -1,9 +1,16 @@
 //! Turns profiles into files and messages.
 
+pub mod delivery;
+pub mod files;
 pub mod folded;
+mod folder;
 pub mod otlp;
 pub mod pprof;
 pub mod svg;
+
+#[cfg(fuzzing)]
+pub(crate) use self::delivery::spool::fuzzing;
+pub use self::folder::{FolderError, Limits};
 
 use std::path::Path;
 
@@ -40,6 +47,16 @@ impl Format {
             Some(Self::Otlp)
         } else {
             None
+        }
+    }
+
+    /// What names of its files end with.
+    pub fn extension(self) -> &'static str {
+        match self {
+            Self::Folded => "folded",
+            Self::Pprof => "pb.gz",
+            Self::Svg => "svg",
+            Self::Otlp => "otlp",
         }
     }
 

@@ -133,6 +133,7 @@ fn records(seeds: &Seeds) -> Outcome {
     seeds.add("perf_map", "lines", b"\x08\x01\x10\x40100 20 one\n0x110 8 two\n7f0000001000 1f three (x.js:1)\n")?;
     seeds.add("jitdump", "records", &jitdump())?;
     seeds.add("mappings", "overlapping", &[0, 60, 0, 0, 10, 10, 5, 1, 15, 20, 1, 2, 5, 8, 2, 1])?;
+    seeds.add("spool", "request", &stored_request())?;
     let mut table = halves(&[0x1000, 0x4_0000]);
     table.extend([100, 0, 0, 0, 2, 8, 0, 0, 3, 0, 0, 1, 4, 0, 0, 2, 0, 1, 0, 0, 5]);
     seeds.add("table", "pages", &table)?;
@@ -251,6 +252,19 @@ fn go_table_1_2() -> Vec<u8> {
     let names = RECORD + 24;
     bytes.extend(halves(&[names as u32, 0, 0, (names + GO_NAMES.len()) as u32]));
     bytes.extend(GO_NAMES.iter().chain(GO_DEPTHS));
+    bytes
+}
+
+/// A stored request of 16 bytes, but for its checksums: the target makes them right.
+fn stored_request() -> Vec<u8> {
+    // Text twice, as gzip writes it.
+    let deflated = [0x2b, 0x28, 0xca, 0x4f, 0xcb, 0xcc, 0x49, 0x55, 0x28, 0x80, 0xd2, 0];
+    let compressed = [&[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3], &deflated[..], &[0xcb, 0xe8, 0x22, 0xaf, 16, 0, 0, 0]];
+    let compressed = compressed.concat();
+    let mut bytes = b"OTLPSPL\x01".to_vec();
+    // Two checksums, two lengths, profiles, samples, time off the CPU, and when the window was closed.
+    bytes.extend(halves(&[0, 0, compressed.len() as u32, 16, 1, 7, 0, 8, 0, 9, 0]));
+    bytes.extend(compressed);
     bytes
 }
 

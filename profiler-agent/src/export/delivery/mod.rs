@@ -1,0 +1,3 @@
+//! Brings requests to where they are wanted.
+
+pub mod spool;
