@@ -167,38 +167,13 @@ mod tests {
     use std::{fs, os::unix::fs::PermissionsExt as _};
 
     use super::*;
-    use crate::export::testing;
+    use crate::export::testing::{self, Scratch};
 
     const WIDE: Limits = Limits { bytes: DEFAULT_BYTES, age: None };
 
-    /// A folder of a test's own, removed with it.
-    struct Scratch(PathBuf);
-
-    impl Scratch {
-        fn new(test: &str) -> Self {
-            let folder = std::env::temp_dir().join(format!("files-{}-{test}", std::process::id()));
-            // It may not exist yet.
-            let _ = fs::remove_dir_all(&folder);
-            Self(folder)
-        }
-
-        fn open(&self, format: Format, limits: Limits, now: SystemTime) -> FileExporter {
-            FileExporter::open(&Settings { folder: self.0.clone(), format, limits }, now).expect("a folder")
-        }
-
-        fn names(&self) -> Vec<String> {
-            let entries = fs::read_dir(&self.0).expect("the folder");
-            let names = entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"));
-            let mut names: Vec<_> = names.collect();
-            names.sort();
-            names
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
+    fn open(scratch: &Scratch, format: Format, limits: Limits, now: SystemTime) -> FileExporter {
+        let folder = scratch.0.clone();
+        FileExporter::open(&Settings { folder, format, limits }, now).expect("a folder")
     }
 
     /// The small profile, of a window that began so many seconds later.
@@ -216,7 +191,7 @@ mod tests {
     fn writes_a_file_for_each_window() {
         for (format, extension) in FORMATS.into_iter().zip(["folded", "pb.gz", "svg", "otlp"]) {
             let scratch = Scratch::new(extension);
-            let mut exporter = scratch.open(format, WIDE, profile(0).start);
+            let mut exporter = open(&scratch, format, WIDE, profile(0).start);
             let written = write(&mut exporter, 0);
             assert_eq!(scratch.names(), [format!("profile-2023-11-14T22-13-20.007Z.{extension}")]);
             assert_eq!(Format::of_file_name(&written.path), Some(format));
@@ -241,7 +216,7 @@ mod tests {
     #[test]
     fn removes_the_oldest() {
         let scratch = Scratch::new("rotate");
-        let mut exporter = scratch.open(Format::Pprof, WIDE, profile(0).start);
+        let mut exporter = open(&scratch, Format::Pprof, WIDE, profile(0).start);
         let each = write(&mut exporter, 0).bytes;
         drop(exporter);
         let foreign = [
@@ -259,7 +234,7 @@ mod tests {
         // What a killed agent was writing.
         fs::write(scratch.0.join(".incoming"), b"half").expect("a file");
         let limits = Limits { bytes: 3 * each, ..WIDE };
-        let mut exporter = scratch.open(Format::Otlp, limits, profile(0).start);
+        let mut exporter = open(&scratch, Format::Otlp, limits, profile(0).start);
         assert_eq!(exporter.bytes(), each);
         for seconds in 1..5 {
             write(&mut exporter, seconds);
@@ -277,7 +252,7 @@ mod tests {
         assert_eq!(starts(&scratch), [3, 4, 5]);
         drop(exporter);
         let limits = Limits { age: Some(Duration::from_secs(60)), ..WIDE };
-        let mut exporter = scratch.open(Format::Otlp, limits, profile(64).start);
+        let mut exporter = open(&scratch, Format::Otlp, limits, profile(64).start);
         assert_eq!((starts(&scratch), exporter.removed()), (vec![4, 5], 1));
         write(&mut exporter, 65);
         assert_eq!((starts(&scratch), exporter.removed()), (vec![5, 65], 2));
@@ -288,7 +263,7 @@ mod tests {
     #[test]
     fn says_what_is_wrong_with_the_folder() {
         let scratch = Scratch::new("gone");
-        let mut exporter = scratch.open(Format::Folded, WIDE, profile(0).start);
+        let mut exporter = open(&scratch, Format::Folded, WIDE, profile(0).start);
         let settings = Settings { folder: scratch.0.clone(), format: Format::Folded, limits: WIDE };
         let error = FileExporter::open(&settings, profile(0).start).expect_err("it is in use");
         assert!(error.to_string().ends_with("is in use by another agent"), "{error}");

@@ -127,7 +127,7 @@ impl<F: FileName> Folder<F> {
         let path = fs::canonicalize(path).map_err(explain)?;
         let handle = File::open(&path).map_err(explain)?;
         lock(&handle, &path)?;
-        // The folder's own name is to be on disk, too. File systems that cannot do this do it in their own time.
+        // The folder's own name is to be on the disk, too. That it cannot be is no reason to refuse the folder.
         if let Some(Ok(parent)) = path.parent().map(File::open) {
             let _ = parent.sync_all();
         }
@@ -300,8 +300,11 @@ impl<F: FileName> Folder<F> {
         let mut whole = WholeFile::create(temporary, mode)?;
         parts.iter().try_for_each(|part| whole.file.write_all(part))?;
         whole.keep(path)?;
-        // The name is on the disk when the folder is.
-        let synced = self.handle.sync_all().and_then(|()| fs::symlink_metadata(path));
+        // The name is on the disk when the folder is. File systems that cannot do this do it in their own time.
+        let synced = match self.handle.sync_all() {
+            Err(error) if error.kind() != io::ErrorKind::InvalidInput => Err(error),
+            _ => fs::symlink_metadata(path),
+        };
         match synced {
             Ok(metadata) => Ok(on_disk(&metadata)),
             Err(error) => {

@@ -100,9 +100,11 @@ mod tests {
 
 #[cfg(test)]
 pub(crate) mod testing {
-    //! A small profile for the exporters' tests.
+    //! A small profile for the exporters' tests, and a place for what they write.
 
     use std::{
+        fs,
+        path::PathBuf,
         sync::{Arc, Mutex},
         time::{Duration, UNIX_EPOCH},
     };
@@ -116,6 +118,33 @@ pub(crate) mod testing {
         Events, Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, InlinedFunction, Nameless,
         ProcessInfo, Profile, Sample, Segment, SourceLine, VirtualAddress,
     };
+
+    /// Where a folder of a test's own can be made; removed with it.
+    pub(crate) struct Scratch(pub(crate) PathBuf);
+
+    impl Scratch {
+        pub(crate) fn new(test: &str) -> Self {
+            let folder = std::env::temp_dir().join(format!("export-{}-{test}", std::process::id()));
+            // It may not exist yet.
+            let _ = fs::remove_dir_all(&folder);
+            Self(folder)
+        }
+
+        /// Names of what is in it, in order.
+        pub(crate) fn names(&self) -> Vec<String> {
+            let entries = fs::read_dir(&self.0).expect("the folder");
+            let names = entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"));
+            let mut names: Vec<_> = names.collect();
+            names.sort();
+            names
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
 
     /// Two threads share a whole stack; a third has one that is cut off.
     pub(crate) fn profile() -> Profile {
