@@ -123,18 +123,6 @@ fn bad_configuration() {
     check_refused(&run(Command::new(agent()).args(["run", "--config", "/nonexistent.yaml"])), &["/nonexistent.yaml"]);
 }
 
-/// Endpoints that are none.
-#[test]
-fn bad_endpoint() {
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("SKIPPED: only root gets as far as checking endpoints");
-        return;
-    }
-    let with = |endpoint: &str| run(Command::new(agent()).args(["run", "--endpoint", endpoint]));
-    check_refused(&with("collector:4317"), &["collector:4317", "http://"]);
-    check_refused(&with("https://collector:4317"), &["TLS"]);
-}
-
 /// Debug files from where there are none, and for where they cannot be kept; passwords are not repeated.
 #[test]
 fn bad_debuginfod() {
@@ -165,6 +153,59 @@ fn unknown_command() {
         return;
     }
     check_refused(&run(&mut record(&["--output", "-", "--", "/nonexistent/program"])), &["/nonexistent/program"]);
+}
+
+/// The daemon with a configuration file of this text.
+fn daemon_with(test: &str, text: &str) -> Command {
+    let path = scratch(test).join("agent.yaml");
+    std::fs::write(&path, text).expect("a configuration file");
+    let mut command = Command::new(agent());
+    command.args(["run", "--config"]).arg(path);
+    command
+}
+
+/// Destinations that cannot work; what may be secret in them is not repeated.
+#[test]
+fn impossible_destinations() {
+    let check = |yaml: &str, flags: &[&str], variables: &[(&str, &str)], expect: &[&str]| {
+        let mut daemon = daemon_with("impossible_destinations", yaml);
+        let output = run(daemon.args(flags).envs(variables.iter().copied()));
+        check_refused(&output, expect);
+        assert!(!stderr(&output).contains("hunter2"), "{}", stderr(&output));
+    };
+    let secret = "http://user:hunter2@127.0.0.1:4317";
+    check("", &["--endpoint", "collector:4317"], &[], &["--endpoint", "http://"]);
+    check("", &["--endpoint", "http://collector:none"], &[], &["--endpoint"]);
+    check("", &["--endpoint", secret], &[], &["--endpoint", "authorization"]);
+    check("", &[], &[("OTEL_EXPORTER_OTLP_ENDPOINT", secret)], &["OTEL_EXPORTER_OTLP_ENDPOINT", "authorization"]);
+    check("", &["--header", "hunter2"], &[], &["--header", "NAME=VALUE"]);
+    check("", &["--timeout", "0s"], &[], &["--timeout", "100ms"]);
+    check("", &["--tls-ca-file", "x"], &[], &["http://", "https://"]);
+    check("", &[], &[("OTEL_EXPORTER_OTLP_HEADERS", "hunter2")], &["OTEL_EXPORTER_OTLP_HEADERS", "name=value"]);
+    check("", &[], &[("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")], &["OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"]);
+    check("", &[], &[("OTEL_EXPORTER_OTLP_TIMEOUT", "10s")], &["OTEL_EXPORTER_OTLP_TIMEOUT", "milliseconds"]);
+    check("", &["--spool-mib", "100"], &[], &["export.spool.folder"]);
+    check("", &["--output-format", "otlp"], &[], &["export.files.folder"]);
+    let yaml = "export:\n  destinations:\n    - endpoint: http://c:4317\n      headers: ";
+    check(&format!("{yaml}'x=hunter2'\n"), &[], &[], &["not valid", "line 4"]);
+    check(&format!("{yaml}{{x: [hunter2]}}\n"), &[], &[], &["not valid", "line 4"]);
+    check(&format!("{yaml}{{x: hunter2}}\n      name: a/b\n"), &[], &[], &["number 1", "name", "a/b"]);
+    check(&format!("{yaml}{{}}\n"), &["--protocol", "grpc"], &[], &["--protocol", "--endpoint"]);
+    if nix::unistd::geteuid().is_root() {
+        check(&format!("{yaml}{{host: hunter2}}\n"), &[], &[], &["headers", "host"]);
+        check("", &["--bearer-token-file", "/nonexistent"], &[], &["bearer_token_file", "/nonexistent"]);
+        let flags = ["--endpoint", "https://c:4317", "--tls-ca-file", "/nonexistent"];
+        check("", &flags, &[], &["tls.ca_file", "/nonexistent"]);
+    }
+}
+
+/// What variables hold is not shown by the help.
+#[test]
+fn help_keeps_secrets() {
+    let variables =
+        ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_PROFILES_ENDPOINT", "OTEL_EXPORTER_OTLP_HEADERS"];
+    let output = run(Command::new(agent()).args(["run", "--help"]).envs(variables.map(|name| (name, "hunter2"))));
+    assert!(output.status.success() && !stdout(&output).contains("hunter2"));
 }
 
 /// Every command explains itself, with examples.

@@ -14,6 +14,7 @@ use nix::{
     unistd::Pid,
 };
 
+pub mod receiver;
 pub mod recorded;
 
 /// The workspace's folder.

@@ -2,6 +2,7 @@
 
 mod check;
 mod debuginfod;
+mod export;
 mod logging;
 mod output;
 mod record;
@@ -42,7 +43,7 @@ Examples:
 #[derive(Debug, Subcommand)]
 enum Command {
     Record(record::Arguments),
-    Run(run::Arguments),
+    Run(Box<run::Arguments>),
     Check(check::Arguments),
     Symbolize(symbolize::Arguments),
 }
@@ -55,7 +56,7 @@ pub fn main() -> ExitCode {
     raise_file_limit();
     let outcome = match arguments.command {
         Command::Record(record) => record::main(record, logging),
-        Command::Run(run) => run::main(run, logging),
+        Command::Run(run) => run::main(*run, logging),
         Command::Check(check) => check::main(&check),
         Command::Symbolize(symbolize) => symbolize::main(symbolize),
     };

@@ -11,7 +11,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{debuginfod::DebuginfodOptions, logging::Logging};
+use super::{debuginfod::DebuginfodOptions, export::ExportOptions, logging::Logging};
 use crate::{
     config::{Config, Overrides},
     export::otlp::{self, Client},
@@ -66,18 +66,14 @@ pub(super) struct Arguments {
     /// Most memory for names, MiB: named frames, symbols of files, and what processes say of code they make.
     #[arg(long, env = "PROFILER_NAMES_MIB", value_name = "MIB")]
     names_mib: Option<u32>,
-    /// OTLP gRPC endpoint that profiles are sent to. OTEL_EXPORTER_OTLP_ENDPOINT is used where this is not set.
-    #[arg(long, env = "OTEL_EXPORTER_OTLP_PROFILES_ENDPOINT", value_name = "URL")]
-    endpoint: Option<String>,
-    /// How long samples are aggregated before they are exported.
-    #[arg(long, env = "PROFILER_WINDOW", value_parser = humantime::parse_duration)]
-    window: Option<Duration>,
     /// Address of /metrics, /healthz and /readyz.
     #[arg(long, env = "PROFILER_STATUS_LISTEN", value_name = "ADDRESS")]
     status_listen: Option<SocketAddr>,
     /// The kernel's type information, where it is not in its usual place.
     #[arg(long, value_name = "FILE", default_value = kernel::DEFAULT_BTF, hide = true)]
     btf: PathBuf,
+    #[command(flatten)]
+    export: ExportOptions,
 }
 
 const EXAMPLES: &str = "\
@@ -104,10 +100,26 @@ Configuration file, with the defaults:
       cache: /var/cache/profiler-agent/debuginfod
       cache_mib: 1024
   export:
-    endpoint: http://127.0.0.1:4317
     window: 15s
+    endpoint: http://127.0.0.1:4317
+    queue_mib: 16
+    original_payload: false
   status:
     listen: 127.0.0.1:7081
+
+Several destinations take the place of export.endpoint, each with its own queue; files and the spool need folders:
+  export:
+    destinations:
+      - name: central
+        endpoint: https://collector.example:4317
+        protocol: grpc
+        compression: gzip
+        timeout: 10s
+        headers: {x-scope-orgid: team}
+        bearer_token_file: /var/run/secrets/token
+        tls: {ca_file: ca.pem, cert_file: tls.crt, key_file: tls.key}
+    spool: {folder: /var/lib/profiler-agent/spool, mib: 512, max_age: 24h}
+    files: {folder: /var/lib/profiler-agent/profiles, format: pprof, mib: 1024}
 
 SIGINT and SIGTERM stop the daemon; the last window is exported first.";
 
@@ -123,8 +135,7 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
         inlines: arguments.inlines,
         dwarf_mib: arguments.dwarf_mib,
         names_mib: arguments.names_mib,
-        endpoint: arguments.endpoint.or_else(|| std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok()),
-        window: arguments.window,
+        export: arguments.export.overrides()?,
         status: arguments.status_listen,
     };
     let config = Config::load(arguments.config.as_deref(), overrides)?;
@@ -141,7 +152,8 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
     let started = std::time::Instant::now();
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
-    let client = Client::new(&config.endpoint)?;
+    let destination = config.export.destinations.first().cloned().context("there is no destination")?;
+    let client = Client::new(destination).context("the destination cannot be used")?;
     let debuginfod = config.debuginfod.map(Debuginfod::start).transpose().context("debuginfod cannot be used")?;
     let listener = TcpListener::bind(config.status)
         .await
@@ -172,15 +184,15 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         "{}, {} ms after start; exporting to {} every {}; status on http://{}/metrics",
         [cpu_time, waits].into_iter().flatten().collect::<Vec<_>>().join(" and "),
         started.elapsed().as_millis(),
-        client.endpoint(),
-        humantime::format_duration(config.window),
+        client.settings().endpoint,
+        humantime::format_duration(config.export.window),
         config.status,
     );
     stats.set_clock(kernel.clock().map_or(0, Clock::cpus));
     let options = pipeline::Options {
         events: config.events,
         period: Duration::from_nanos(1_000_000_000 / config.frequency),
-        window: Some(config.window),
+        window: Some(config.export.window),
         names_bytes: config.names_bytes,
         debuginfod: debuginfod.map(Arc::new),
         source: config.source,
@@ -253,14 +265,14 @@ async fn export(
                     let counter = if rejected >= sent { &stats.dropped_refused } else { &stats.exported };
                     counter.add(tally);
                     if !reachable {
-                        info!("{} accepts profiles again", client.endpoint());
+                        info!("{} accepts profiles again", client.settings().endpoint);
                     }
                     reachable = true;
                 }
                 Err(error) => {
                     stats.dropped_refused.add(tally);
                     if reachable {
-                        warn!("{tally} were dropped: {}: {error}", client.endpoint());
+                        warn!("{tally} were dropped: {}: {error}", client.settings().endpoint);
                     }
                     reachable = false;
                 }
@@ -269,7 +281,7 @@ async fn export(
     }
 }
 
-async fn send(client: &mut Client, request: otlp::Request, stats: &Stats) -> Result<i64, otlp::ClientError> {
+async fn send(client: &mut Client, request: otlp::Request, stats: &Stats) -> Result<u64, otlp::client::Failure> {
     let mut pause = FIRST_PAUSE;
     for _ in 1..SEND_ATTEMPTS {
         match client.send(&request).await {
@@ -278,8 +290,8 @@ async fn send(client: &mut Client, request: otlp::Request, stats: &Stats) -> Res
                 tokio::time::sleep(pause).await;
                 pause *= 2;
             }
-            outcome => return outcome,
+            outcome => return outcome.map(|accepted| accepted.rejected_profiles),
         }
     }
-    client.send(&request).await
+    client.send(&request).await.map(|accepted| accepted.rejected_profiles)
 }

@@ -1,7 +1,14 @@
 //! The daemon's configuration: flags over environment over file over defaults, validated once.
 
+mod environment;
+mod export;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
+
+pub use self::{
+    environment::Environment,
+    export::{Export, ExportOverrides, FileFormat, Files, Spool},
+};
 
 use std::{
     fs,
@@ -24,12 +31,7 @@ use crate::{
 pub const DEFAULT_FREQUENCY: u64 = 99;
 /// How waits are sampled: 100 stacks a second take about 0.1 % of a CPU, and are enough for the right totals.
 pub const DEFAULT_WAITS: WaitOptions = WaitOptions { stacks_per_second: 50, min_duration: Duration::ZERO };
-/// Where a local Collector or profiler-server listens.
-const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:4317";
 const DEFAULT_STATUS: &str = "127.0.0.1:7081";
-const DEFAULT_WINDOW: Duration = Duration::from_secs(15);
-/// Shorter windows would swap buffers all the time, longer ones hold too much back.
-const WINDOW_RANGE: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(600);
 
 /// Less than this would not hold the tables of one large program; more than this the kernel programs cannot address.
 const TABLE_MIB_RANGE: std::ops::RangeInclusive<u32> = 2..=(DEFAULT_TABLE_BYTES >> 20) as u32;
@@ -55,7 +57,7 @@ struct File {
     sampling: Sampling,
     unwind: Unwind,
     symbolize: Symbolize,
-    export: Export,
+    export: export::Section,
     status: Status,
 }
 
@@ -104,13 +106,6 @@ impl std::fmt::Debug for Debuginfod {
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Export {
-    endpoint: Option<String>,
-    window: Option<String>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 struct Status {
     listen: Option<String>,
 }
@@ -138,10 +133,8 @@ pub struct Overrides {
     pub dwarf_mib: Option<u32>,
     /// Most memory for names, MiB.
     pub names_mib: Option<u32>,
-    /// OTLP endpoint.
-    pub endpoint: Option<String>,
-    /// Length of a window.
-    pub window: Option<Duration>,
+    /// Where profiles go.
+    pub export: ExportOverrides,
     /// Address of the status endpoint.
     pub status: Option<SocketAddr>,
 }
@@ -163,10 +156,8 @@ pub struct Config {
     pub source: SourceOptions,
     /// Most memory for names, bytes.
     pub names_bytes: usize,
-    /// OTLP endpoint, gRPC.
-    pub endpoint: String,
-    /// How long samples are aggregated before they are exported.
-    pub window: Duration,
+    /// Where profiles go.
+    pub export: Export,
     /// Address of the status endpoint.
     pub status: SocketAddr,
 }
@@ -186,15 +177,6 @@ impl Config {
     }
 
     fn merge(file: File, overrides: Overrides) -> anyhow::Result<Self> {
-        let window = match (overrides.window, file.export.window) {
-            (Some(window), _) => window,
-            (None, Some(text)) => humantime::parse_duration(&text)
-                .with_context(|| format!("export.window: {text:?} is not a duration such as 15s or 1m"))?,
-            (None, None) => DEFAULT_WINDOW,
-        };
-        if !WINDOW_RANGE.contains(&window) {
-            bail!("export.window: {} is outside of 1s to 10m", humantime::format_duration(window));
-        }
         let status = match (overrides.status, file.status.listen) {
             (Some(address), _) => address,
             (None, text) => {
@@ -235,8 +217,7 @@ impl Config {
             },
             names_bytes: names_bytes(overrides.names_mib.or(file.symbolize.names_mib))?,
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
-            endpoint: overrides.endpoint.or(file.export.endpoint).unwrap_or_else(|| DEFAULT_ENDPOINT.to_owned()),
-            window,
+            export: Export::merge(file.export, overrides.export)?,
             status,
         })
     }
@@ -287,7 +268,8 @@ fn parse(text: &str) -> anyhow::Result<File> {
     if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
         return Ok(File::default());
     }
-    Ok(serde_saphyr::from_str(text)?)
+    // The error would repeat lines of the file, and some of them are secret.
+    serde_saphyr::from_str(text).map_err(|error| anyhow::anyhow!("{}", error.without_snippet()))
 }
 
 fn names_bytes(mib: Option<u32>) -> anyhow::Result<usize> {
@@ -348,8 +330,7 @@ mod tests {
             debuginfod: None,
             source: SourceOptions::default(),
             names_bytes: 32 << 20,
-            endpoint: DEFAULT_ENDPOINT.to_owned(),
-            window: DEFAULT_WINDOW,
+            export: Export::merge(export::Section::default(), ExportOverrides::default()).expect("a default"),
             status: "127.0.0.1:7081".parse().expect("an address"),
         }
     }
@@ -377,7 +358,11 @@ mod tests {
         check(
             "sampling:\n  frequency: 49\nexport:\n  window: 1m\n",
             Overrides { frequency: Some(19), ..Overrides::default() },
-            Ok(Config { frequency: 19, window: Duration::from_secs(60), ..default() }),
+            Ok(Config {
+                frequency: 19,
+                export: Export { window: Duration::from_secs(60), ..default().export },
+                ..default()
+            }),
         );
     }
 

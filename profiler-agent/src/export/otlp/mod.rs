@@ -1,15 +1,11 @@
 //! OTLP profiles (`opentelemetry.proto.profiles.v1development`, as of opentelemetry-proto v1.10).
 
-mod client;
+pub mod client;
 mod dictionary;
 mod encode;
 mod request;
 
-pub use self::{
-    client::{Client, ClientError},
-    encode::{Options, requests},
-    request::Request,
-};
+pub use self::{client::Client, encode::requests, request::Request};
 
 use prost::Message as _;
 
