@@ -29,7 +29,7 @@ type Target = (&'static str, u32);
 /// to be parsed in some microseconds.
 const TARGETS: &[Target] = &[
     ("btf", 256),
-    ("config", 128),
+    ("config", 192),
     ("debug_frame", 512),
     ("debug_info", 4096),
     ("demangle", 128),
@@ -43,6 +43,7 @@ const TARGETS: &[Target] = &[
     ("mappings", 96),
     ("mmap_record", 64),
     ("notices", 256),
+    ("otlp_answer", 256),
     ("perf_map", 256),
     ("proc_text", 256),
     ("raw_sample", 256),

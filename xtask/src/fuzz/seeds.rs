@@ -104,7 +104,37 @@ pub(super) fn make(folder: &Path) -> Outcome {
     seeds.add("config", "settings", settings.as_bytes())?;
     let servers = "symbolize:\n  debuginfod:\n    urls: ['https://a:b@c:1/d']\n    cache: /e\n    cache_mib: 16\n";
     seeds.add("config", "servers", servers.as_bytes())?;
+    let destinations = "export:\n  destinations:\n    - {endpoint: 'https://c:1', name: d, headers: {e: f}, timeout: 9s, \
+                        protocol: grpc, tls: {ca_file: g}}\n  spool: {folder: /h}\n";
+    seeds.add("config", "destinations", destinations.as_bytes())?;
+    answers(&seeds)?;
     records(&seeds)
+}
+
+/// What receivers answer: protocol, status, six headers, trailers of gRPC, and a body.
+fn answers(seeds: &Seeds) -> Outcome {
+    let answer = |kind: u8, status: u32, headers: &[[&str; 6]], body: &[u8]| {
+        let mut bytes = vec![kind];
+        bytes.extend(status.to_le_bytes());
+        for header in headers.iter().flatten() {
+            bytes.push(header.len() as u8);
+            bytes.extend(header.as_bytes());
+        }
+        bytes.extend(body);
+        bytes
+    };
+    // A partial success: one profile, and why.
+    let partial = [0x0a, 6, 0x08, 1, 0x12, 2, b'n', b'o'];
+    seeds.add("otlp_answer", "http", &answer(0, 200, &[["application/x-protobuf", "", "", "", "", ""]], &partial))?;
+    let busy = [["text/plain; charset=utf-8", "", "Fri, 31 Dec 9999 23:59:59 GMT", "", "", ""]];
+    seeds.add("otlp_answer", "http-busy", &answer(0, 503, &busy, b"come again"))?;
+    let framed = [&[0, 0, 0, 0, partial.len() as u8][..], &partial].concat();
+    let (headers, end) = (["application/grpc", "", "", "", "", ""], ["", "", "", "0", "", ""]);
+    seeds.add("otlp_answer", "grpc", &answer(3, 200, &[headers, end], &framed))?;
+    // `google.rpc.Status` with a `RetryInfo` of nine seconds.
+    let details = "GjAKKHR5cGUuZ29vZ2xlYXBpcy5jb20vZ29vZ2xlLnJwYy5SZXRyeUluZm8SBAoCCAk";
+    let busy = ["application/grpc", "", "", "8", "too%20fast", details];
+    seeds.add("otlp_answer", "grpc-busy", &answer(1, 200, &[busy], b""))
 }
 
 /// Seeds of records, whose numbers mean little.
