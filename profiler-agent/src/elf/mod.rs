@@ -55,6 +55,8 @@ pub(crate) struct ElfSummary {
     pub(crate) segments: Vec<Segment>,
     /// GNU build ID.
     pub(crate) build_id: Option<Box<[u8]>>,
+    /// Go's build ID.
+    pub(crate) go_build_id: Option<Box<str>>,
 }
 
 /// A part of a file that its section headers name.
@@ -99,9 +101,12 @@ pub(crate) fn summarize(file: &File) -> Option<ElfSummary> {
                 size: program.p_filesz.get(LE),
                 address: VirtualAddress(program.p_vaddr.get(LE)),
             }),
-            PT_NOTE if summary.build_id.is_none() => {
+            PT_NOTE => {
                 let size = usize::try_from(program.p_filesz.get(LE)).unwrap_or(usize::MAX).min(MAX_NOTES);
-                summary.build_id = read(file, program.p_offset.get(LE), size).and_then(|notes| build_id(&notes));
+                if let Some(notes) = read(file, program.p_offset.get(LE), size) {
+                    summary.build_id = summary.build_id.or_else(|| build_id(&notes));
+                    summary.go_build_id = summary.go_build_id.or_else(|| go_build_id(&notes));
+                }
             }
             _ => {}
         }
@@ -232,7 +237,21 @@ fn section_name<'a>(names: &'a [u8], section: &SectionHeader64<LE>) -> Option<&'
 }
 
 /// Finds the GNU build ID among notes.
-fn build_id(mut notes: &[u8]) -> Option<Box<[u8]>> {
+fn build_id(notes: &[u8]) -> Option<Box<[u8]>> {
+    let id = note(notes, b"GNU\0", NT_GNU_BUILD_ID)?;
+    (1..=MAX_BUILD_ID).contains(&id.len()).then(|| id.into())
+}
+
+/// Finds Go's build ID among notes: four parts in base 64 with slashes between them (`cmd/internal/buildid`, Go 1.26).
+fn go_build_id(notes: &[u8]) -> Option<Box<str>> {
+    const TYPE: u32 = 4;
+    const MAX_LEN: usize = 128;
+    let id = std::str::from_utf8(note(notes, b"Go\0\0", TYPE)?).ok()?;
+    ((1..=MAX_LEN).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())).then(|| id.into())
+}
+
+/// The contents of the first note of this owner and type.
+fn note<'a>(mut notes: &'a [u8], owner: &[u8], kind: u32) -> Option<&'a [u8]> {
     loop {
         let (header, rest) = pod::from_bytes::<NoteHeader64<LE>>(notes).ok()?;
         let name_len = header.n_namesz.get(LE) as usize;
@@ -240,8 +259,8 @@ fn build_id(mut notes: &[u8]) -> Option<Box<[u8]>> {
         let name = rest.get(..name_len)?;
         let content_start = name_len.checked_next_multiple_of(4)?;
         let content = rest.get(content_start..content_start.checked_add(content_len)?)?;
-        if name == b"GNU\0" && header.n_type.get(LE) == NT_GNU_BUILD_ID {
-            return (1..=MAX_BUILD_ID).contains(&content.len()).then(|| content.into());
+        if name == owner && header.n_type.get(LE) == kind {
+            return Some(content);
         }
         notes = rest.get(content_start.checked_add(content_len.checked_next_multiple_of(4)?)?..)?;
     }

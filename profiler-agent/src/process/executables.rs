@@ -4,11 +4,12 @@ use std::{
     collections::{HashMap, VecDeque},
     fs::{self, File},
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
     path::Path,
     sync::{Arc, Mutex},
 };
 
+use ring::digest;
 use tracing::debug;
 
 use profiler_common::abi::tables::MAX_EXECUTABLES;
@@ -19,7 +20,7 @@ use super::{
 };
 use crate::{
     elf::{self, ElfSummary},
-    profile::{Executable, ExecutableId, SplitDebug},
+    profile::{Executable, ExecutableId, FileIdentity, SplitDebug},
     regular_file::{self, Stamp},
 };
 
@@ -184,6 +185,10 @@ impl Executables {
             id,
             table,
             path,
+            identity: FileIdentity {
+                go_build_id: summary.go_build_id,
+                hash: file.as_ref().and_then(|file| hash_of_ends(file).ok()),
+            },
             build_id: summary.build_id,
             segments: summary.segments.into(),
             file: Mutex::new(file.map(Arc::new)),
@@ -218,6 +223,7 @@ pub fn open_executable(path: &Path) -> io::Result<Option<Arc<Executable>>> {
             table: 0,
             path: path.to_string_lossy().into_owned(),
             build_id,
+            identity: FileIdentity { go_build_id: summary.go_build_id, hash: hash_of_ends(&file).ok() },
             segments: summary.segments.into(),
             file: Mutex::new(Some(Arc::new(file))),
             debug: Mutex::new(debug.map(Arc::new)),
@@ -242,6 +248,23 @@ pub(super) fn open(tgid: u32, line: &MapsLine) -> Option<File> {
     file
 }
 
+/// What OpenTelemetry calls `htlhash`: the first 16 bytes of the SHA-256 of a file's first 4 KiB, its last 4 KiB and its
+/// length (semantic conventions 1.37, `process.executable.build_id.htlhash`).
+fn hash_of_ends(file: &File) -> io::Result<[u8; 16]> {
+    const END: u64 = 4096;
+    let length = file.metadata()?.len();
+    let mut end = vec![0; length.min(END) as usize];
+    let mut context = digest::Context::new(&digest::SHA256);
+    for offset in [0, length.saturating_sub(END)] {
+        file.read_exact_at(&mut end, offset)?;
+        context.update(&end);
+    }
+    context.update(&length.to_be_bytes());
+    let mut hash = [0; 16];
+    hash.copy_from_slice(&context.finish().as_ref()[..16]);
+    Ok(hash)
+}
+
 fn copy_own_vdso() -> Option<File> {
     let lines = proc_fs::executable_maps(std::process::id()).ok()?;
     let vdso = lines.into_iter().find(|line| line.path == VDSO)?;
@@ -260,4 +283,25 @@ pub(super) fn executable_name(tgid: u32) -> Option<String> {
     let target = fs::read_link(format!("/proc/{tgid}/exe")).ok()?;
     let name = target.file_name()?.to_string_lossy();
     Some(name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The hash is what `(head -c 4096 F; tail -c 4096 F; LENGTH) | sha256sum` says, also where both ends are the same bytes.
+    #[test]
+    fn hashes_the_ends_of_a_file() {
+        let check = |bytes: &[u8], expect: [u8; 4]| {
+            let mut file = tempfile().expect("a file");
+            file.write_all(bytes).expect("written");
+            assert_eq!(hash_of_ends(&file).expect("a hash")[..4], expect);
+        };
+        check(b"abc", [167, 231, 158, 138]);
+        check(&[7; 10_000], [56, 61, 36, 138]);
+    }
+
+    fn tempfile() -> io::Result<File> {
+        Ok(nix::sys::memfd::memfd_create(c"test", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?.into())
+    }
 }

@@ -12,7 +12,9 @@ use super::{
 };
 use crate::{
     fuzzing::Input,
-    profile::{Executable, ExecutableId, FileOffset, Location, RawSample, RuntimeCode, Segment, VirtualAddress},
+    profile::{
+        Executable, ExecutableId, FileIdentity, FileOffset, Location, RawSample, RuntimeCode, Segment, VirtualAddress,
+    },
 };
 
 /// Lines of `/proc/PID/maps` and of `/proc/PID/stat`: what was read is what the line says.
@@ -90,6 +92,7 @@ pub fn mappings(bytes: &[u8]) {
             table: id,
             path: String::new(),
             build_id: None,
+            identity: FileIdentity::default(),
             segments: [Segment { offset: FileOffset(3), size: 200, address: VirtualAddress(1000) }].into(),
             file: Mutex::default(),
             debug: Mutex::default(),

@@ -147,7 +147,7 @@ mod tests {
     use profiler_common::abi::process::ProcessKey;
 
     use super::*;
-    use crate::profile::{Executable, ExecutableId, Segment, VirtualAddress};
+    use crate::profile::{Executable, ExecutableId, FileIdentity, Segment, VirtualAddress};
 
     fn file(id: u32) -> Backing {
         file_with(id, Vec::new())
@@ -159,6 +159,7 @@ mod tests {
             table: id,
             path: format!("/{id}"),
             build_id: None,
+            identity: FileIdentity::default(),
             segments: segments.into(),
             file: Mutex::default(),
             debug: Mutex::default(),

@@ -33,12 +33,24 @@ pub struct Executable {
     pub path: String,
     /// GNU build ID, where the file has one.
     pub build_id: Option<Box<[u8]>>,
+    /// What else tells it apart.
+    pub identity: FileIdentity,
     /// Executable segments, by offset.
     pub segments: Box<[Segment]>,
     /// The file itself; see [`Self::file`].
     pub(crate) file: Mutex<Option<Arc<File>>>,
     /// See [`Self::debug_file`].
     pub(crate) debug: Mutex<Option<Arc<SplitDebug>>>,
+}
+
+/// What tells a file apart, for backends that look for its symbols. The file says what it likes, so nothing of ours
+/// depends on it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FileIdentity {
+    /// Go's build ID.
+    pub go_build_id: Option<Box<str>>,
+    /// A hash of its beginning, its end and its length, where it could be read.
+    pub hash: Option<[u8; 16]>,
 }
 
 /// A file that may have been split off an executable, with its symbols and debug information: nobody has looked yet

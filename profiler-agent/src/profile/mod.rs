@@ -14,7 +14,7 @@ mod sample;
 pub use self::{
     address::{CodeAddress, FileOffset, VirtualAddress},
     events::{Events, Tally},
-    executable::{Executable, ExecutableId, Segment, SplitDebug, hex},
+    executable::{Executable, ExecutableId, FileIdentity, Segment, SplitDebug, hex},
     frame::{Frame, FrameName, FrameType, FunctionName, InlinedFunction, Nameless, SourceLine, printable},
     kernel_code::{KernelChanges, KernelCode},
     located::{LocatedSample, Location, ProcessInfo},

@@ -467,6 +467,7 @@ pub(crate) mod tests {
             table: 1,
             path: "/own".to_owned(),
             build_id: Some(build_id.into()),
+            identity: crate::profile::FileIdentity::default(),
             segments: summary.segments.into(),
             file: Mutex::new(Some(Arc::new(file))),
             debug: Mutex::default(),
