@@ -17,7 +17,7 @@ use super::{
     dictionary::{AttributeValue, Dictionary},
 };
 use crate::{
-    export::{legible, pprof},
+    export::{incomplete_marker, legible, pprof, wait_marker},
     label,
     profile::{Events, Profile, Sample},
 };
@@ -35,13 +35,22 @@ pub struct Options {
     pub original_payload: bool,
 }
 
+/// A profile as it is sent.
+#[derive(Debug, Default)]
+pub struct Encoded {
+    /// One after the other.
+    pub requests: Vec<Request>,
+    /// Samples on the wire: distinct stacks of functions, by process and thread.
+    pub rows: u64,
+}
+
 /// Encodes a profile, split into requests that receivers accept.
-pub fn requests(profile: &Profile, options: &Options) -> Vec<Request> {
-    let mut requests = Vec::new();
+pub fn requests(profile: &Profile, options: &Options) -> Encoded {
+    let mut encoded = Encoded::default();
     for samples in in_order(profile).chunks(MAX_SAMPLES) {
-        encode_within_limit(profile, samples, options, &mut requests);
+        encode_within_limit(profile, samples, options, &mut encoded);
     }
-    requests
+    encoded
 }
 
 /// A profile's samples, those of a service side by side: what they share is in one request.
@@ -52,16 +61,18 @@ pub(super) fn in_order(profile: &Profile) -> Vec<&Sample> {
 }
 
 /// Halves what is too large; one sample alone is sent whatever its size.
-fn encode_within_limit(profile: &Profile, samples: &[&Sample], options: &Options, requests: &mut Vec<Request>) {
+fn encode_within_limit(profile: &Profile, samples: &[&Sample], options: &Options, encoded: &mut Encoded) {
     let request = request(profile, samples, options);
     if samples.len() > 1 && request.encoded_len() > MAX_REQUEST_BYTES {
         let (first, second) = samples.split_at(samples.len() / 2);
-        encode_within_limit(profile, first, options, requests);
-        encode_within_limit(profile, second, options, requests);
+        encode_within_limit(profile, first, options, encoded);
+        encode_within_limit(profile, second, options, encoded);
     } else {
-        let profiles = request.resource_profiles.iter().flat_map(|resource| &resource.scope_profiles);
-        requests.push(Request {
-            profiles: profiles.map(|scope| u32::try_from(scope.profiles.len()).unwrap_or(u32::MAX)).sum(),
+        let scopes = request.resource_profiles.iter().flat_map(|resource| &resource.scope_profiles);
+        let profiles: Vec<&WireProfile> = scopes.flat_map(|scope| &scope.profiles).collect();
+        encoded.rows += profiles.iter().map(|profile| profile.samples.len() as u64).sum::<u64>();
+        encoded.requests.push(Request {
+            profiles: u32::try_from(profiles.len()).unwrap_or(u32::MAX),
             tally: samples.iter().map(|sample| sample.tally()).sum(),
             closed: profile.start + profile.duration,
             body: request.encode_to_vec().into(),
@@ -146,17 +157,14 @@ fn wire_profile(
     (period_type, period): (ValueType, i64),
     dictionary: &mut Dictionary,
 ) -> WireProfile {
-    let samples = samples
-        .iter()
-        .map(|sample| {
-            let value = if sample.kind.is_off_cpu() { sample.time_ns } else { sample.count };
-            WireSample {
-                stack_index: dictionary.stack(&sample.frames),
-                attribute_indices: attributes(sample, dictionary),
-                link_index: 0,
-                values: vec![i64::try_from(value).unwrap_or(i64::MAX)],
-                timestamps_unix_nano: Vec::new(),
-            }
+    let samples = merged(samples, dictionary)
+        .into_iter()
+        .map(|(row, value)| WireSample {
+            stack_index: dictionary.stack(&row.locations()),
+            attribute_indices: row.attributes,
+            link_index: 0,
+            values: vec![i64::try_from(value).unwrap_or(i64::MAX)],
+            timestamps_unix_nano: Vec::new(),
         })
         .collect();
     let nanos = |duration: std::time::Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
@@ -176,6 +184,37 @@ fn wire_profile(
 fn profile_id() -> Vec<u8> {
     let mut id = vec![0; 16];
     getrandom::fill(&mut id).map(|()| id).unwrap_or_default()
+}
+
+/// What tells samples on the wire apart.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Row {
+    /// Root first: in this order, what compresses well is side by side.
+    path: Vec<i32>,
+    attributes: Vec<i32>,
+}
+
+impl Row {
+    /// Its locations, leaf first.
+    fn locations(&self) -> Vec<i32> {
+        self.path.iter().rev().copied().collect()
+    }
+}
+
+/// Samples that are the same once their frames are locations, added up.
+fn merged(samples: &[&Sample], dictionary: &mut Dictionary) -> BTreeMap<Row, u64> {
+    let mut rows = BTreeMap::new();
+    for sample in samples {
+        // Backends that show stacks and nothing else would lose a sample without any frame, and not know what is missing.
+        let mut path: Vec<i32> = incomplete_marker(sample).iter().map(|marker| dictionary.marker(marker)).collect();
+        path.extend(sample.frames.iter().rev().map(|frame| dictionary.location(frame)));
+        path.extend(wait_marker(sample).map(|marker| dictionary.marker(marker)));
+        let row = Row { path, attributes: attributes(sample, dictionary) };
+        let value = if sample.kind.is_off_cpu() { sample.time_ns } else { sample.count };
+        let total: &mut u64 = rows.entry(row).or_default();
+        *total = total.saturating_add(value);
+    }
+    rows
 }
 
 fn value_type(dictionary: &mut Dictionary, name: &str, unit: &str) -> ValueType {
@@ -200,12 +239,15 @@ fn attributes(sample: &Sample, dictionary: &mut Dictionary) -> Vec<i32> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
+    use std::{
+        collections::HashSet,
+        sync::{Arc, Mutex},
+    };
 
     use super::*;
     use crate::{
         export::testing,
-        profile::{ProcessInfo, Tally},
+        profile::{Executable, ExecutableId, Frame, ProcessInfo, Tally},
     };
 
     /// Index 0 of every table is the zero value, every index is valid, and the values add up.
@@ -282,7 +324,7 @@ mod tests {
                 Sample { process: process.into(), thread_name: format!("{number}").into(), ..small.samples[0].clone() }
             })
             .collect();
-        let requests = requests(&profile, &Options { original_payload: true });
+        let Encoded { requests, rows } = requests(&profile, &Options { original_payload: true });
         assert!(requests.len() > 1 && requests.iter().all(|request| request.body.len() <= MAX_REQUEST_BYTES));
         assert_eq!(requests.iter().map(|request| request.tally).sum::<Tally>(), profile.total());
         let (mut ids, mut resources, mut samples, mut profiles) = (HashSet::new(), 0, 0, 0);
@@ -300,6 +342,80 @@ mod tests {
         }
         // Only what a border runs through is in two requests.
         assert!(resources < 3 + requests.len());
-        assert_eq!((samples, profiles), (profile.samples.len(), requests.iter().map(|request| request.profiles).sum()));
+        assert_eq!(
+            (samples, rows, profiles),
+            (profile.samples.len(), samples as u64, requests.iter().map(|request| request.profiles).sum())
+        );
+    }
+
+    /// Places in one function are one location, and samples that only differ in them are one; without a name they are not.
+    #[test]
+    fn places_in_a_function_are_one() {
+        let mut profile = testing::profile();
+        let at = |frame: &Frame, address| {
+            Frame::new(frame.frame_type, frame.name.clone(), frame.executable.clone(), address)
+        };
+        let moved = |sample: &Sample, by: u64| {
+            let frames = sample.frames.iter().map(|frame| Arc::new(at(frame, frame.address + by))).collect();
+            Sample { frames, ..sample.clone() }
+        };
+        profile.samples = profile.samples.iter().flat_map(|sample| [sample.clone(), moved(sample, 4)]).collect();
+        let request = request(&profile, &in_order(&profile), &Options::default());
+        let dictionary = request.dictionary.expect("a dictionary");
+        // Nothing, two functions in the file and one in the kernel, each of two nameless places twice, and what is missing.
+        assert_eq!(dictionary.location_table.len(), 1 + 3 + 4 + 1);
+        assert!(dictionary.location_table.iter().all(|location| location.address < 0xffff_8000_0000_0000));
+        let samples = &request.resource_profiles[0].scope_profiles[0].profiles[0].samples;
+        let mut values: Vec<i64> = samples.iter().map(|sample| sample.values[0]).collect();
+        values.sort_unstable();
+        assert_eq!(values, [3, 3, 4, 10]);
+    }
+
+    /// A stack that is not whole says so in a frame, even if it has no other.
+    #[test]
+    fn marks_what_is_missing() {
+        let mut profile = testing::profile();
+        profile.samples.retain(|sample| !sample.end.is_whole());
+        profile.samples[0].frames = [].into();
+        let request = request(&profile, &in_order(&profile), &Options::default());
+        let dictionary = request.dictionary.expect("a dictionary");
+        let sample = &request.resource_profiles[0].scope_profiles[0].profiles[0].samples[0];
+        let stack = &dictionary.stack_table[sample.stack_index as usize];
+        let [marker] = stack.location_indices[..] else { panic!("{stack:?}") };
+        let location = &dictionary.location_table[marker as usize];
+        let function = &dictionary.function_table[location.lines[0].function_index as usize];
+        let name = &dictionary.string_table[function.name_strindex as usize];
+        assert!(name.starts_with("[incomplete: "), "{name}");
+    }
+
+    /// A file that is there twice, in two containers, is one mapping, and its functions are one location each. So are names
+    /// that only differ in what is not written.
+    #[test]
+    fn writes_equal_things_once() {
+        let mut profile = testing::profile();
+        let frame = &profile.samples[0].frames[1];
+        let executable = frame.executable.as_ref().expect("an executable");
+        let twin = Executable {
+            table: 2,
+            id: ExecutableId(2),
+            path: executable.path.clone(),
+            build_id: executable.build_id.clone(),
+            identity: executable.identity.clone(),
+            segments: executable.segments.clone(),
+            file: Mutex::default(),
+            debug: Mutex::default(),
+        };
+        let twin = Frame::new(frame.frame_type, frame.name.clone(), Some(Arc::new(twin)), frame.address);
+        profile.samples[1].frames = vec![Arc::new(twin), Arc::clone(&profile.samples[0].frames[2])];
+        profile.samples[0].frames.remove(0);
+        profile.samples[0].thread_name = "a\u{1}".into();
+        profile.samples[1].thread_name = "a\u{2}".into();
+        profile.samples.truncate(2);
+        let request = request(&profile, &in_order(&profile), &Options::default());
+        let tables = request.dictionary.expect("a dictionary");
+        assert_eq!((tables.mapping_table.len(), tables.location_table.len()), (2, 3), "{tables:?}");
+        assert_eq!(request.resource_profiles[0].scope_profiles[0].profiles[0].samples.len(), 1);
+        let strings: HashSet<_> = tables.string_table.iter().collect();
+        assert_eq!(strings.len(), tables.string_table.len());
     }
 }

@@ -5,7 +5,10 @@ mod dictionary;
 mod encode;
 mod request;
 
-pub use self::{client::Client, encode::requests, request::Request};
+pub use self::{
+    encode::{Encoded, Options, requests},
+    request::Request,
+};
 
 use prost::Message as _;
 

@@ -1,22 +1,32 @@
 //! What an answer means: statuses of HTTP and gRPC, what they say about coming again, and partial success.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    io::Read as _,
+    time::{Duration, SystemTime},
+};
 
+use flate2::read::GzDecoder;
 use hyper::{
     StatusCode,
-    header::{CONTENT_ENCODING, CONTENT_TYPE, LOCATION, RETRY_AFTER},
+    header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderName, LOCATION, RETRY_AFTER},
     http::response::Parts,
 };
 use opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfilesServiceResponse;
 use prost::Message;
 use tonic::{Code, Status};
 
-use super::{Failure, Reason, connection::Answer, failure::printable};
+use super::{
+    Failure, Reason,
+    connection::{Answer, MAX_ANSWER},
+    failure::printable,
+};
 
 /// Longest time a receiver is left alone on its word.
 pub(super) const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 /// What a body is that was not read to its end.
 const ENDLESS: &str = "more than any answer has";
+const NO_MESSAGE: &str = "gRPC without one whole message";
+const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 /// Bytes before a message of gRPC: whether it is compressed, and its length.
 pub(super) const GRPC_PREFIX: usize = 5;
 
@@ -93,14 +103,27 @@ pub(super) fn of_grpc(answer: &Answer, secrets: &Secrets<'_>) -> Result<Accepted
     if status.code() != Code::Ok {
         return Err(grpc_failure(&status, secrets));
     }
-    match &answer.body[..] {
-        [] => Ok(Accepted::default()),
-        // We do not say that we would understand anything compressed.
-        [0, a, b, c, d, message @ ..] if u32::from_be_bytes([*a, *b, *c, *d]) as usize == message.len() => {
-            accepted(message, secrets)
+    let [flag, a, b, c, d, message @ ..] = &answer.body[..] else {
+        return if answer.body.is_empty() { Ok(Accepted::default()) } else { Err(garbage(NO_MESSAGE)) };
+    };
+    let is_whole = u32::from_be_bytes([*a, *b, *c, *d]) as usize == message.len();
+    match flag {
+        0 if is_whole => accepted(message, secrets),
+        // Go's servers compress the answer as the request was, whatever we say that we understand (grpc-go 1.76,
+        // `Server.processUnaryRPC`).
+        1 if is_whole && answer.parts.headers.get(GRPC_ENCODING).is_some_and(|encoding| encoding == "gzip") => {
+            let message = decompressed(message).ok_or_else(|| garbage("what gzip does not understand"))?;
+            accepted(&message, secrets)
         }
-        _ => Err(garbage("gRPC without one whole message")),
+        _ => Err(garbage(NO_MESSAGE)),
     }
+}
+
+/// What gzip made of at most as many bytes as are read of an answer.
+fn decompressed(compressed: &[u8]) -> Option<Vec<u8>> {
+    let mut message = Vec::new();
+    GzDecoder::new(compressed).take(MAX_ANSWER as u64 + 1).read_to_end(&mut message).ok()?;
+    (message.len() <= MAX_ANSWER).then_some(message)
 }
 
 /// The answer's own words, after it took the request.

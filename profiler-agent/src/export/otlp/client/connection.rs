@@ -28,7 +28,7 @@ use tokio_rustls::TlsConnector;
 use super::{Endpoint, Failure, Protocol, Reason, failure::printable, tls::Tls};
 
 /// Bytes of an answer that are looked at.
-const MAX_ANSWER: usize = 64 << 10;
+pub(super) const MAX_ANSWER: usize = 64 << 10;
 /// Bytes of an answer's headers.
 const MAX_HEADERS: u32 = 64 << 10;
 /// Bytes a receiver begins with that are remembered: the header of an HTTP/2 frame.

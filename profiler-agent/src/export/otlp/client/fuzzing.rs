@@ -10,8 +10,15 @@ use super::{Accepted, Failure, answer, connection::Answer};
 use crate::fuzzing::Input;
 
 /// Headers that mean something.
-const HEADERS: [&str; 6] =
-    ["content-type", "content-encoding", "retry-after", "grpc-status", "grpc-message", "grpc-status-details-bin"];
+const HEADERS: [&str; 7] = [
+    "content-type",
+    "content-encoding",
+    "retry-after",
+    "grpc-status",
+    "grpc-message",
+    "grpc-status-details-bin",
+    "grpc-encoding",
+];
 
 /// An answer over HTTP or gRPC: what is said about it is short and plain, and nobody is left alone for long.
 pub fn otlp_answer(bytes: &[u8]) {

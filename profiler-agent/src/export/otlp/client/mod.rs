@@ -49,6 +49,7 @@ pub struct Client {
     headers: HeaderMap,
     tls: Option<tls::Tls>,
     connection: Option<Connection>,
+    sent_bytes: u64,
 }
 
 impl Client {
@@ -88,12 +89,17 @@ impl Client {
             headers.insert(name, HeaderValue::from_static("gzip"));
         }
         let tls = settings.endpoint.is_encrypted().then(|| tls::Tls::new(&settings)).transpose()?;
-        Ok(Self { settings, headers, tls, connection: None })
+        Ok(Self { settings, headers, tls, connection: None, sent_bytes: 0 })
     }
 
     /// Where requests go, and how.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Bytes of the last request's body, as it was sent.
+    pub fn sent_bytes(&self) -> u64 {
+        self.sent_bytes
     }
 
     /// Sends one request, once, in the time that the settings allow. May be dropped at any time: the request may have
@@ -135,7 +141,9 @@ impl Client {
         request: &Request,
         authorization: Option<&HeaderValue>,
     ) -> Result<Accepted, Failure> {
-        let answer = connection.exchange(self.http_request(request, authorization)?, self.tls.as_ref()).await?;
+        let body = body(&self.settings, &request.body).map_err(|error| impossible(&error))?;
+        self.sent_bytes = body.len() as u64;
+        let answer = connection.exchange(self.http_request(body, authorization)?, self.tls.as_ref()).await?;
         if !answer.is_cut {
             self.connection = Some(connection);
         }
@@ -148,12 +156,9 @@ impl Client {
 
     fn http_request(
         &self,
-        request: &Request,
+        body: Bytes,
         authorization: Option<&HeaderValue>,
     ) -> Result<hyper::Request<Full<Bytes>>, Failure> {
-        let impossible =
-            |problem: String| Failure::new(Reason::Refused, format!("the request cannot be made: {problem}"));
-        let body = body(&self.settings, &request.body).map_err(|error| impossible(error.to_string()))?;
         // A proxy is not asked, so HTTP/1.1 has the path alone.
         let uri = match self.settings.protocol {
             Protocol::Grpc => self.settings.endpoint.uri().to_string(),
@@ -165,7 +170,7 @@ impl Client {
             .method(Method::POST)
             .uri(uri)
             .body(Full::new(body))
-            .map_err(|error| impossible(error.to_string()))?;
+            .map_err(|error| impossible(&error))?;
         *request.headers_mut() = self.headers.clone();
         if let Some(authorization) = authorization {
             request.headers_mut().insert(AUTHORIZATION, authorization.clone());
@@ -186,6 +191,10 @@ impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.settings.fmt(f)
     }
+}
+
+fn impossible(problem: &dyn fmt::Display) -> Failure {
+    Failure::new(Reason::Refused, format!("the request cannot be made: {problem}"))
 }
 
 /// A request's body as the protocol has it.

@@ -39,7 +39,7 @@ fn settings(url: &str, protocol: Protocol) -> Settings {
 }
 
 fn request() -> Request {
-    otlp::requests(&testing::profile()).next().expect("a request")
+    otlp::requests(&testing::profile(), &otlp::Options::default()).requests.remove(0)
 }
 
 /// Runs on a runtime like the one of a destination, so that a connection outlives one request.
