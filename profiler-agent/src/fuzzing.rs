@@ -18,7 +18,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 
 pub use crate::{
     config::fuzzing::config,
-    export::otlp::client::fuzzing::otlp_answer,
+    export::{fuzzing::spool, otlp::client::fuzzing::otlp_answer},
     kernel::fuzzing::{btf, mmap_record},
     process::fuzzing::{mappings, notices, proc_text},
     symbolize::fuzzing::{debug_info, demangle, go_lines, jitdump, perf_map, symbols},

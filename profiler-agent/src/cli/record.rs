@@ -273,7 +273,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
     let profile = merge(collected, recording, elapsed);
     let bytes = recording.format.encode(&profile)?;
     recording.output.write(&bytes)?;
-    stats.exported.add(profile.total());
+    stats.recorded.add(profile.total());
     eprintln!("{}", summary(&profile, &stats, elapsed, reason, &recording.output));
     outcome?;
     Ok(ExitCode::SUCCESS)
@@ -417,7 +417,7 @@ fn summary(profile: &Profile, stats: &Stats, elapsed: Duration, reason: &str, ou
             "{} samples in {stacks}; seen {} = exported {} + lost {}",
             total.samples,
             stats.kernel(Counter::Seen),
-            stats.exported.get().samples,
+            stats.recorded.get().samples,
             stats.lost_in_kernel() + stats.dropped_in_all().samples,
         );
     } else {

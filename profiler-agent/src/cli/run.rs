@@ -5,27 +5,24 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Du
 use anyhow::Context as _;
 use clap::Args;
 use profiler_common::abi::counter::Counter;
-use tokio::{
-    net::TcpListener,
-    sync::{mpsc, watch},
-};
-use tracing::{info, warn};
+use tokio::net::TcpListener;
+use tracing::info;
 
 use super::{debuginfod::DebuginfodOptions, export::ExportOptions, logging::Logging};
 use crate::{
-    config::{Config, Overrides},
-    export::otlp::{self, Client},
+    config::{self, Config, FileFormat, Overrides},
+    export::{
+        self, Format,
+        delivery::{self, Delivery},
+        files, otlp,
+    },
     kernel::{self, BufferRows, Clock, Kernel, privileges},
     pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
-    profile::{Events, Profile},
+    profile::Events,
     status::{self, Stats},
     symbolize::debuginfod::Debuginfod,
 };
 
-/// Times a request is sent before its samples are given up.
-const SEND_ATTEMPTS: u32 = 5;
-/// Pause before the first repetition; doubles with each.
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// How long the last window may take to be delivered at shutdown.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -152,14 +149,14 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
     let started = std::time::Instant::now();
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
-    let destination = config.export.destinations.first().cloned().context("there is no destination")?;
-    let client = Client::new(destination).context("the destination cannot be used")?;
     let debuginfod = config.debuginfod.map(Debuginfod::start).transpose().context("debuginfod cannot be used")?;
     let listener = TcpListener::bind(config.status)
         .await
         .with_context(|| format!("the status endpoint cannot listen on {}", config.status))?;
 
     let stats = Arc::new(Stats::default());
+    let window = config.export.window;
+    let delivery = Delivery::open(delivery_options(config.export), &stats)?;
     let status = tokio::spawn(status::serve(listener, Arc::clone(&stats)));
     let cpus = kernel::online_cpus().map_or(1, |cpus| cpus.len());
     let mut kernel = Kernel::load(&kernel::Options {
@@ -184,15 +181,15 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         "{}, {} ms after start; exporting to {} every {}; status on http://{}/metrics",
         [cpu_time, waits].into_iter().flatten().collect::<Vec<_>>().join(" and "),
         started.elapsed().as_millis(),
-        client.settings().endpoint,
-        humantime::format_duration(config.export.window),
+        destinations(&stats),
+        humantime::format_duration(window),
         config.status,
     );
     stats.set_clock(kernel.clock().map_or(0, Clock::cpus));
     let options = pipeline::Options {
         events: config.events,
         period: Duration::from_nanos(1_000_000_000 / config.frequency),
-        window: Some(config.export.window),
+        window: Some(window),
         names_bytes: config.names_bytes,
         debuginfod: debuginfod.map(Arc::new),
         source: config.source,
@@ -201,97 +198,94 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
     };
     let (mut pipeline, profiles) = Pipeline::start(kernel, options, &stats)?;
     stats.set_ready(true);
-    let (give_up, given_up) = watch::channel(false);
-    let mut exporter = tokio::spawn(export(client, profiles, Arc::clone(&stats), given_up));
-
+    let mut delivering = delivery.start(profiles)?;
     tokio::select! {
         _ = interrupt.recv() => info!("interrupted: exporting the last window"),
         _ = terminate.recv() => info!("terminated: exporting the last window"),
         // The queue of profiles closes by itself only when collection failed.
-        _ = &mut exporter => {}
+        _ = &mut delivering.ended => {}
     }
     stats.set_ready(false);
     pipeline.stop();
-    if !exporter.is_finished() && tokio::time::timeout(FLUSH_TIMEOUT, &mut exporter).await.is_err() {
-        warn!("not everything could be delivered within {FLUSH_TIMEOUT:?}");
-        // It counts what it still has, and ends. An error means that it has just ended.
-        let _ = give_up.send(true);
-        let _ = exporter.await;
-    }
+    // (An error means that a thread panicked, which was said.)
+    let _ = tokio::task::spawn_blocking(move || delivering.finish(FLUSH_TIMEOUT)).await;
     let outcome = pipeline.join();
     status.abort();
-    info!(
-        "stopped: seen {}, exported {}, lost in kernel {}, dropped {}",
-        stats.kernel(Counter::Seen),
-        stats.exported.get().samples,
-        stats.lost_in_kernel(),
-        stats.dropped_in_all().samples,
-    );
-    if config.events.includes_off_cpu() {
-        info!(
-            "off the CPU: exported {:.3} s, lost in kernel {:.3} s, dropped {:.3} s",
-            stats.exported.get().off_cpu().as_secs_f64(),
-            Duration::from_nanos(stats.kernel(Counter::WaitsLostNs)).as_secs_f64(),
-            stats.dropped_in_all().off_cpu().as_secs_f64(),
-        );
+    for line in books(&stats, config.events) {
+        info!("{line}");
     }
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-/// Sends every profile that comes, in order, until the queue closes; once told to give up, counts them instead.
-async fn export(
-    mut client: Client,
-    mut profiles: mpsc::Receiver<Profile>,
-    stats: Arc<Stats>,
-    mut given_up: watch::Receiver<bool>,
-) {
-    let mut reachable = true;
-    while let Some(profile) = profiles.recv().await {
-        for request in otlp::requests(&profile, &otlp::Options::default()) {
-            let (tally, sent) = (request.tally, request.profiles as usize);
-            let outcome = tokio::select! {
-                biased;
-                _ = given_up.wait_for(|&given_up| given_up) => {
-                    stats.dropped_at_shutdown.add(tally);
-                    continue;
-                }
-                outcome = send(&mut client, request, &stats) => outcome,
-            };
-            match outcome {
-                Ok(rejected) => {
-                    let rejected = usize::try_from(rejected).unwrap_or_default();
-                    stats.profiles_rejected.add(rejected as u64);
-                    // (Which samples a partial rejection hit is not said; all of them is the only sure case.)
-                    let counter = if rejected >= sent { &stats.dropped_refused } else { &stats.exported };
-                    counter.add(tally);
-                    if !reachable {
-                        info!("{} accepts profiles again", client.settings().endpoint);
-                    }
-                    reachable = true;
-                }
-                Err(error) => {
-                    stats.dropped_refused.add(tally);
-                    if reachable {
-                        warn!("{tally} were dropped: {}: {error}", client.settings().endpoint);
-                    }
-                    reachable = false;
-                }
-            }
-        }
+/// The configuration in the exporters' own words.
+fn delivery_options(export: config::Export) -> delivery::Options {
+    let limits = |bytes, age| export::Limits { bytes, age };
+    delivery::Options {
+        destinations: export.destinations,
+        spool: export.spool.map(|spool| delivery::SpoolOptions {
+            folder: spool.folder,
+            limits: limits(spool.bytes, Some(spool.max_age)),
+        }),
+        queue_bytes: export.queue_bytes,
+        files: export.files.map(|files| files::Settings {
+            folder: files.folder,
+            format: match files.format {
+                FileFormat::Pprof => Format::Pprof,
+                FileFormat::Otlp => Format::Otlp,
+            },
+            limits: limits(files.bytes, None),
+        }),
+        encoding: otlp::Options { original_payload: export.original_payload },
     }
 }
 
-async fn send(client: &mut Client, request: otlp::Request, stats: &Stats) -> Result<u64, otlp::client::Failure> {
-    let mut pause = FIRST_PAUSE;
-    for _ in 1..SEND_ATTEMPTS {
-        match client.send(&request).await {
-            Err(error) if error.is_retryable() => {
-                stats.export_retries.add(1);
-                tokio::time::sleep(pause).await;
-                pause *= 2;
+/// Where profiles go, for people.
+fn destinations(stats: &Stats) -> String {
+    stats.destinations().iter().map(|destination| destination.name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+/// How the books balance, for each destination: what was seen, and what earlier runs left, is exported, lost, dropped or still
+/// in the spool.
+fn books(stats: &Stats, events: Events) -> Vec<String> {
+    let destinations = stats.destinations();
+    let mut lines = Vec::new();
+    for destination in &destinations {
+        let name = if destinations.len() == 1 { String::new() } else { format!("{}: ", destination.name) };
+        let exported = destination.exported.get();
+        let mut dropped = stats.dropped_in_all();
+        dropped += destination.dropped_in_all();
+        let (recovered, [_, spool]) = (destination.recovered.get(), destination.waiting());
+        if events.includes_on_cpu() {
+            let mut line = format!(
+                "stopped: {name}seen {}, exported {}, lost in kernel {}, dropped {}",
+                stats.kernel(Counter::Seen),
+                exported.samples,
+                stats.lost_in_kernel(),
+                dropped.samples,
+            );
+            if recovered.samples > 0 || spool.tally.samples > 0 {
+                line +=
+                    &format!(", left in the spool {}; from earlier runs {}", spool.tally.samples, recovered.samples);
             }
-            outcome => return outcome.map(|accepted| accepted.rejected_profiles),
+            lines.push(line);
+        }
+        if events.includes_off_cpu() {
+            let seconds = |nanoseconds| Duration::from_nanos(nanoseconds).as_secs_f64();
+            let mut line = format!(
+                "off the CPU: {name}exported {:.3} s, lost in kernel {:.3} s, dropped {:.3} s",
+                seconds(exported.off_cpu_ns),
+                seconds(stats.kernel(Counter::WaitsLostNs)),
+                seconds(dropped.off_cpu_ns),
+            );
+            if recovered.off_cpu_ns > 0 || spool.tally.off_cpu_ns > 0 {
+                line += &format!(
+                    ", left in the spool {:.3} s; from earlier runs {:.3} s",
+                    seconds(spool.tally.off_cpu_ns),
+                    seconds(recovered.off_cpu_ns)
+                );
+            }
+            lines.push(line);
         }
     }
-    client.send(&request).await.map(|accepted| accepted.rejected_profiles)
+    lines
 }

@@ -204,6 +204,12 @@ impl Export {
         if file.destinations.len() > MAX_DESTINATIONS {
             bail!("export.destinations: {} are more than {MAX_DESTINATIONS}", file.destinations.len());
         }
+        // Who names a folder of files and no receiver has none.
+        let is_named = flags.endpoint.is_some() || flags.environment.endpoint().is_some() || file.endpoint.is_some();
+        let has_files = flags.files.is_some() || file.files.folder.is_some();
+        if has_files && !is_named && file.destinations.is_empty() {
+            return Ok(Vec::new());
+        }
         if flags.endpoint.is_some() || flags.environment.endpoint().is_some() || file.destinations.is_empty() {
             return Ok(vec![described(file.endpoint, flags)?]);
         }

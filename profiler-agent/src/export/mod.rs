@@ -115,8 +115,8 @@ pub(crate) mod testing {
     };
 
     use crate::profile::{
-        Events, Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, InlinedFunction, Nameless,
-        ProcessInfo, Profile, Sample, Segment, SourceLine, VirtualAddress,
+        Events, Executable, ExecutableId, FileIdentity, FileOffset, Frame, FrameName, FrameType, InlinedFunction,
+        Nameless, ProcessInfo, Profile, Sample, Segment, SourceLine, VirtualAddress,
     };
 
     /// Where a folder of a test's own can be made; removed with it.
@@ -153,6 +153,7 @@ pub(crate) mod testing {
             id: ExecutableId(1),
             path: "/opt/libx.so".to_owned(),
             build_id: Some(vec![0xab; 20].into()),
+            identity: FileIdentity { go_build_id: Some("a/b/c/d".into()), hash: Some([0xcd; 16]) },
             segments: Box::new([Segment {
                 offset: FileOffset(0x1000),
                 size: 0x4000,

@@ -6,5 +6,5 @@ mod stats;
 
 pub use self::{
     server::serve,
-    stats::{Count, Stats},
+    stats::{Amount, Count, Stats},
 };

@@ -1,7 +1,7 @@
 //! Counts shared by all stages.
 
 use std::sync::{
-    Mutex, PoisonError,
+    Arc, Mutex, PoisonError,
     atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
 };
 
@@ -11,8 +11,8 @@ use profiler_common::abi::{
 };
 
 use crate::{
-    kernel::WaitTotals, process::TableStats, profile::Tally, symbolize::SymbolizeStats, unwind_info::TableBuilderStats,
-    waits::WaitStats,
+    export::delivery::DestinationStats, kernel::WaitTotals, process::TableStats, profile::Tally,
+    symbolize::SymbolizeStats, unwind_info::TableBuilderStats, waits::WaitStats,
 };
 
 /// A number that only grows.
@@ -66,20 +66,15 @@ pub struct Stats {
     pub windows_closed: Count,
     /// Rows handed to exporters: distinct stacks per window.
     pub rows_exported: Count,
-    /// What was written or accepted by a receiver.
-    pub exported: Amount,
-    /// Export requests sent again.
-    pub export_retries: Count,
+    /// Rows sent over OTLP: distinct stacks of functions per window.
+    pub rows_encoded: Count,
+    /// What a recording has written.
+    pub recorded: Amount,
     /// Samples dropped because the namer had ended.
     pub dropped_namer_gone: Amount,
     /// Samples dropped because exporters were behind.
     pub dropped_queue_full: Amount,
-    /// Samples dropped because shutdown could not wait for their receiver any longer.
-    pub dropped_at_shutdown: Amount,
-    /// Samples dropped because the receiver refused them or stayed away.
-    pub dropped_refused: Amount,
-    /// Profiles a receiver rejected while accepting the rest of their request.
-    pub profiles_rejected: Count,
+    destinations: Mutex<Vec<Arc<DestinationStats>>>,
     ends: [Count; StackEnd::ALL.len()],
     wait_ends: [Count; StackEnd::ALL.len()],
     waits: Mutex<(WaitStats, WaitTotals)>,
@@ -142,20 +137,28 @@ impl Stats {
         Counter::ALL.iter().filter(|counter| counter.role() == Role::Lost).map(|&counter| self.kernel(counter)).sum()
     }
 
-    /// What was dropped on the way from the kernel to an exporter's destination, by stage and reason.
-    pub fn dropped(&self) -> [(&'static str, &'static str, Tally); 5] {
+    /// What was dropped on the way from the kernel to the exporters, by stage and reason.
+    pub fn dropped(&self) -> [(&'static str, &'static str, Tally); 3] {
         [
             ("drain", "malformed", self.dropped_malformed.get()),
             ("name", "namer_gone", self.dropped_namer_gone.get()),
             ("export", "queue_full", self.dropped_queue_full.get()),
-            ("export", "refused", self.dropped_refused.get()),
-            ("export", "shutdown", self.dropped_at_shutdown.get()),
         ]
     }
 
-    /// Everything that was dropped.
+    /// Everything that was dropped before it reached any destination.
     pub fn dropped_in_all(&self) -> Tally {
         self.dropped().into_iter().map(|(_, _, tally)| tally).sum()
+    }
+
+    /// Names the destinations.
+    pub fn set_destinations(&self, destinations: Vec<Arc<DestinationStats>>) {
+        *self.destinations.lock().unwrap_or_else(PoisonError::into_inner) = destinations;
+    }
+
+    /// What is counted about each destination.
+    pub fn destinations(&self) -> Vec<Arc<DestinationStats>> {
+        self.destinations.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn set_table(&self, stats: TableStats) {

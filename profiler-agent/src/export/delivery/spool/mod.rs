@@ -196,11 +196,6 @@ impl Spool {
         self.folder.oldest().map(|oldest| oldest.since)
     }
 
-    /// Where they are.
-    pub fn folder(&self) -> &Path {
-        self.folder.path()
-    }
-
     /// What was dropped since this was last asked, at most one for each reason.
     pub fn take_dropped(&mut self) -> Vec<Dropped> {
         std::mem::take(&mut self.dropped)

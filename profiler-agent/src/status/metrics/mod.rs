@@ -2,6 +2,8 @@
 //!
 //! Names of the kernel's counters, their help and their order come from the counter enum itself.
 
+mod destinations;
+
 use std::{
     fmt::{Display, Write as _},
     fs,
@@ -31,29 +33,22 @@ pub(super) fn render(stats: &Stats) -> String {
     page.counter("drains_postponed", "Drains put off because naming was behind.", stats.drains_postponed.get());
     page.counter("windows_closed", "Aggregation windows closed.", stats.windows_closed.get());
     page.counter("rows_exported", "Rows (distinct stacks per window) handed to exporters.", stats.rows_exported.get());
-    page.counter("samples_exported", "Samples that receivers accepted.", stats.exported.get().samples);
-    page.counter("export_retries", "Export requests sent again.", stats.export_retries.get());
-    page.counter(
-        "profiles_rejected",
-        "Profiles a receiver rejected by partial success.",
-        stats.profiles_rejected.get(),
-    );
     page.labelled(
         "samples_dropped",
-        "Samples lost in the agent, by stage and reason.",
+        "Samples lost in the agent on the way to its exporters, by stage and reason.",
         stats.dropped().map(|(stage, reason, tally)| (dropped_labels(stage, reason), tally.samples.to_string())),
     );
     page.labelled(
         "off_cpu_dropped_seconds",
-        "Time off the CPU that was lost in the agent, by stage and reason.",
+        "Time off the CPU that was lost in the agent on the way to its exporters, by stage and reason.",
         stats.dropped().map(|(stage, reason, tally)| (dropped_labels(stage, reason), seconds(tally.off_cpu_ns))),
     );
-    page.sample(
-        "off_cpu_exported_seconds_total",
-        "Time off the CPU that receivers accepted.",
-        "counter",
-        seconds(stats.exported.get().off_cpu_ns),
+    page.counter(
+        "rows_encoded",
+        "Rows (distinct stacks of functions per window) of OTLP requests.",
+        stats.rows_encoded.get(),
     );
+    destinations::render(&mut page, &stats.destinations());
     page.labelled(
         "stack_ends",
         "Samples by why their user stack ends.",
@@ -228,12 +223,19 @@ impl Page {
     }
 
     fn labelled(&mut self, name: &str, help: &str, values: impl IntoIterator<Item = (String, String)>) {
-        let name = format!("{name}_total");
-        self.head(&name, help, "counter");
+        self.family(&format!("{name}_total"), help, "counter", values);
+    }
+
+    fn family(&mut self, name: &str, help: &str, kind: &str, values: impl IntoIterator<Item = (String, String)>) {
+        self.head(name, help, kind);
         for (labels, value) in values {
-            // SANITY: writing to a string cannot fail.
-            let _ = writeln!(self.0, "{PREFIX}{name}{{{labels}}} {value}");
+            self.value(name, &labels, &value);
         }
+    }
+
+    fn value(&mut self, name: &str, labels: &str, value: &str) {
+        // SANITY: writing to a string cannot fail.
+        let _ = writeln!(self.0, "{PREFIX}{name}{{{labels}}} {value}");
     }
 
     fn head(&mut self, name: &str, help: &str, kind: &str) {
@@ -261,17 +263,27 @@ fn cpu_seconds() -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::delivery::DestinationStats;
 
     /// Every line is a comment or `name{labels} number`, and every metric has help and type.
     #[test]
     fn renders_valid_text() {
-        let page = render(&Stats::default());
+        let stats = Stats::default();
+        let destination = DestinationStats::new("a \"quoted\" name".to_owned());
+        destination.answered_within(std::time::Duration::from_millis(50));
+        stats.set_destinations(vec![destination.into()]);
+        let page = render(&stats);
         for line in page.lines().filter(|line| !line.starts_with('#')) {
             let (name, value) = line.rsplit_once(' ').expect("a value");
             assert!(name.starts_with(PREFIX) && value.parse::<f64>().is_ok(), "{line}");
             let bare = name.split('{').next().unwrap_or(name);
+            let bare = ["_bucket", "_sum", "_count"].iter().find_map(|part| bare.strip_suffix(part)).unwrap_or(bare);
             assert!(page.contains(&format!("# TYPE {bare} ")) && page.contains(&format!("# HELP {bare} ")), "{line}");
         }
         assert!(page.contains("profiler_agent_samples_seen_total 0"));
+        let labels = r#"destination="a \"quoted\" name""#;
+        assert!(page.contains(&format!("profiler_agent_samples_exported_total{{{labels}}} 0")), "{page}");
+        assert!(page.contains(&format!("profiler_agent_export_latency_seconds_bucket{{{labels},le=\"0.1\"}} 1")));
+        assert!(page.contains(&format!("profiler_agent_export_latency_seconds_bucket{{{labels},le=\"0.025\"}} 0")));
     }
 }
