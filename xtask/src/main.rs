@@ -6,6 +6,7 @@ mod build;
 mod fuzz;
 mod kernels;
 mod process;
+mod receivers;
 mod run;
 mod setup;
 mod suite;

@@ -7,6 +7,7 @@ use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
 use crate::{
     Outcome,
     process::{cargo, find, is_root, output, run},
+    receivers,
     suite::{self, Suite},
     toolchain::{Compiler, Toolchain, find_compiler, find_linker},
 };
@@ -78,7 +79,7 @@ pub(crate) fn for_build(workspace: &Path) -> Outcome {
 }
 
 /// What the tests need besides: compilers, runtimes and servers to profile, Python with the OTLP types, Go's pprof, VMs,
-/// containers.
+/// containers, receivers.
 pub(crate) fn for_tests(workspace: &Path) -> Outcome {
     let missing: Vec<&[&str]> =
         TEST_PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, packages)| *packages).collect();
@@ -111,7 +112,8 @@ pub(crate) fn for_tests(workspace: &Path) -> Outcome {
             .args(["grpcio", "opentelemetry-proto>=1.40"]))?;
     }
     unpack_python(&workspace.join("target/distribution"))?;
-    container_root(workspace)
+    container_root(workspace)?;
+    receivers::build(workspace)
 }
 
 /// The C library of another suite, in a folder that containers of tests have as their root.
