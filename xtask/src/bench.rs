@@ -1,9 +1,10 @@
-//! `cargo xtask bench [programs|waits]`: what profiling costs, on a fixed set of programs.
+//! `cargo xtask bench [programs|waits|wire]`: what profiling costs, on a fixed set of programs.
 //!
 //! The daemon runs as users run it, with a receiver; each program runs on every CPU. What the kernel programs cost
 //! comes from the kernel's own run-time statistics, the rest from the daemon's metrics and from `/proc`.
 
 mod waits;
+mod wire;
 
 use std::{
     collections::BTreeMap,
@@ -32,6 +33,9 @@ const LEARNING: Duration = Duration::from_secs(7);
 const MEASURED: Duration = Duration::from_secs(6);
 const BPF_STATISTICS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
+/// What can be measured alone.
+const PARTS: [&str; 3] = ["programs", "waits", "wire"];
+
 /// One program of the set.
 struct Workload {
     name: &'static str,
@@ -53,8 +57,8 @@ struct Measured {
 pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
     let only = match arguments {
         [] => None,
-        [part] if part == "programs" || part == "waits" => Some(part.as_str()),
-        _ => return Err("bench takes one argument at most: programs or waits".to_owned()),
+        [part] if PARTS.contains(&part.as_str()) => Some(part.as_str()),
+        _ => return Err(format!("bench takes one argument at most: {}", PARTS.join(", "))),
     };
     if !is_root() {
         return Err("the daemon needs root: run this command as root".to_owned());
@@ -64,10 +68,14 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
     run(cargo(workspace).args(["build", "--release", "--package", "profiler-agent"]))?;
     run(cargo(workspace).args(["build", "--release", "--package", "profiler-tests", "--bins"]))?;
     println!("\n{}", machine());
-    if only != Some("waits") {
+    let is_wanted = |part| only.is_none_or(|only| only == part);
+    if is_wanted("programs") {
         programs(workspace)?;
     }
-    if only != Some("programs") {
+    if is_wanted("wire") {
+        wire::measure(workspace)?;
+    }
+    if is_wanted("waits") {
         waits::measure(workspace)?;
     }
     Ok(())
@@ -75,7 +83,7 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
 
 /// Measures the set of programs under the daemon.
 fn programs(workspace: &Path) -> Outcome {
-    let workloads = workloads(workspace)?;
+    let workloads = workloads(workspace, (LEARNING + MEASURED).as_secs() + 2)?;
     let _statistics = Statistics::on()?;
     measure(workspace, &workloads)
 }
@@ -100,7 +108,8 @@ impl Drop for Statistics {
     }
 }
 
-fn workloads(workspace: &Path) -> Result<Vec<Workload>, String> {
+/// The set of programs, each of which runs for so many seconds.
+fn workloads(workspace: &Path, seconds: u64) -> Result<Vec<Workload>, String> {
     let folder = workspace.join("target/workloads/bench");
     fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     let sources = workspace.join("tests/workloads/native");
@@ -109,7 +118,6 @@ fn workloads(workspace: &Path) -> Result<Vec<Workload>, String> {
     run(Command::new("gcc").args(flags).arg(&shapes).arg(sources.join("shapes.c")))?;
     let go = folder.join("shapes-go");
     run(Command::new("go").args(["build", "-o"]).arg(&go).arg(sources.join("shapes.go")))?;
-    let seconds = (LEARNING + MEASURED).as_secs() + 2;
     let deep = |name, frames: u64| {
         // Around DEPTH frames of `descend` are `_start`, two of the C library, `main`, `spin_to_deadline` and `spin`.
         let depth = frames - 6;
@@ -168,7 +176,7 @@ impl Drop for Daemon {
 }
 
 impl Daemon {
-    fn start(workspace: &Path) -> Result<Self, String> {
+    fn start(workspace: &Path, arguments: &[&str]) -> Result<Self, String> {
         let binaries = workspace.join("target/release");
         let start = |command: &mut Command| {
             let quiet = command.stdout(Stdio::null()).stderr(Stdio::null());
@@ -177,7 +185,8 @@ impl Daemon {
         let sink = start(Command::new(binaries.join("otlp-sink")).args(["--listen", RECEIVER]))?;
         let agent = start(
             Command::new(binaries.join("profiler-agent"))
-                .args(["run", "--frequency", FREQUENCY, "--endpoint", &format!("http://{RECEIVER}")])
+                .args(["run", "--endpoint", &format!("http://{RECEIVER}")])
+                .args(arguments)
                 .args(["--status-listen", STATUS]),
         )?;
         let daemon = Self { agent, sink };
@@ -228,7 +237,7 @@ fn bpf_objects(process: u32) -> Vec<BTreeMap<String, String>> {
 }
 
 fn measure(workspace: &Path, workloads: &[Workload]) -> Outcome {
-    let daemon = Daemon::start(workspace)?;
+    let daemon = Daemon::start(workspace, &["--frequency", FREQUENCY])?;
     let idle_resident = daemon.status_kib("VmRSS:");
     println!();
     println!(

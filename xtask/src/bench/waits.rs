@@ -235,13 +235,13 @@ fn recognise(recording: &Path, process: &str, functions: &[&str]) {
 }
 
 /// A server that answers on a local port, and what asks it.
-struct Redis {
+pub(super) struct Redis {
     server: Child,
     load: Option<Child>,
 }
 
 impl Redis {
-    fn start(folder: &Path) -> Result<Self, String> {
+    pub(super) fn start(folder: &Path) -> Result<Self, String> {
         let mut command = Command::new("redis-server");
         command.args(["--port", PORT, "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--dir"]).arg(folder);
         let mut redis = Self { server: start(&mut command)?, load: None };
