@@ -88,27 +88,33 @@ pub struct Balance {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct Ration {
+    /// How much `CLOCK_MONOTONIC` is ahead of the run queue's clock, nanoseconds: the lesser of
+    /// [`Self::ahead_lately_ns`] and [`Self::ahead_before_ns`]. (What every switch needs comes first.)
+    pub ahead_ns: i64,
+    /// Start of the current comparison of clocks, by the run queue's.
+    pub compared_ns: u64,
+    /// Switches at which the clocks were compared in it.
+    pub compared: u64,
+    /// State of a generator of random numbers.
+    pub random: u64,
     /// Start of the current period.
     pub period_ns: u64,
-    /// Stacks that may still be taken, in billionths.
-    pub tokens: u64,
-    /// Waits that were chosen in the current period.
-    pub wanted: u64,
     /// Waits that are expected to last this long are chosen always, shorter ones in proportion. Zero: all are.
     pub threshold_ns: u64,
     /// What waits on this CPU lasted lately: the expectation for places that are new.
     pub typical_ns: u64,
-    /// State of a generator of random numbers.
-    pub random: u64,
-    /// Start of the current comparison of clocks.
-    pub compared_ns: u64,
-    /// How much `CLOCK_MONOTONIC` is ahead of the run queue's clock: the least of this comparison and of the one before,
-    /// nanoseconds.
-    pub ahead_ns: [i64; 2],
     /// Waits that ended.
     pub ended: u64,
     /// Time that threads waited, by kind: index is the `EventKind`.
     pub waited_ns: [u64; 8],
+    /// Stacks that may still be taken, in billionths.
+    pub tokens: u64,
+    /// Waits that were chosen in the current period.
+    pub wanted: u64,
+    /// The least difference in the current comparison of clocks.
+    pub ahead_lately_ns: i64,
+    /// The least in the one before.
+    pub ahead_before_ns: i64,
 }
 
 /// What the agent tells the scheduler's programs while they run.

@@ -43,22 +43,12 @@ const MAX_TRACING_FRAMES: usize = 12;
 /// `sched_switch(preempt, prev, next[, prev_state])`; `walk` drives the user stack walk.
 #[inline(always)]
 pub fn switch(ctx: &BtfTracePointContext, walk: impl Fn(&BtfTracePointContext, &mut Scratch)) {
-    let Some(control) = WAIT_CONTROL.get_ptr(0) else { return };
-    // SAFETY: an array's slots are always there.
-    let since = unsafe { (*control).since_ns };
-    if since == 0 {
-        return;
-    }
     let Some(ration) = RATIONS.get_ptr_mut(0) else { return };
     // SAFETY: this CPU's value is used by one program at a time: they run with interrupts off.
     let ration = unsafe { &mut *ration };
-    // SAFETY: the helper has no arguments.
-    let now = unsafe { bpf_ktime_get_ns() };
-    if loaded!(SETTINGS.has_queue_times) == 1 {
-        queue::compare_clocks(ration, ctx.arg(2), now);
-    }
-    arrive(ctx.arg(2), now, since, ration);
-    leave(ctx, now, ration, walk);
+    let now = queue::now(ration, ctx.arg(2));
+    arrive(ctx.arg(2), now, ration);
+    leave(ctx, now.monotonic_ns, ration, walk);
 }
 
 /// `sched_wakeup(task)`: from here on the thread only waits for a CPU. Used where the scheduler does not tell.
@@ -85,7 +75,7 @@ pub fn walk_on(ctx: &BtfTracePointContext) {
 
 /// A thread gets the CPU: what it waited is charged.
 #[inline(always)]
-fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
+fn arrive(task: u64, at: queue::Now, ration: &mut Ration) {
     let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
     if thread == 0 {
         return;
@@ -96,8 +86,9 @@ fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
     }
     let Some(wait) = threads::find(thread) else {
         ration.ended += 1;
-        return arrive_unknown(task, thread, tgid, now, since);
+        return arrive_unknown(task, thread, tgid, at.monotonic_ns);
     };
+    let now = at.monotonic_ns;
     let began = wait.began_ns;
     if began == 0 {
         return;
@@ -107,7 +98,7 @@ fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
     let queued = if wait.kind == EventKind::RunQueue as u8 {
         total
     } else if loaded!(SETTINGS.has_queue_times) == 1 {
-        queue::time_queued(ration, task, wait, now, total)
+        queue::time_queued(task, wait, at, total)
     } else if wait.woken_ns != 0 {
         now.saturating_sub(wait.woken_ns)
     } else {
@@ -153,7 +144,13 @@ fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
 
 /// A thread gets the CPU that was never seen to leave one: it is new, or its wait began before the recording.
 #[inline(always)]
-fn arrive_unknown(task: u64, thread: u32, tgid: u32, now: u64, since: u64) {
+fn arrive_unknown(task: u64, thread: u32, tgid: u32, now: u64) {
+    let Some(control) = WAIT_CONTROL.get_ptr(0) else { return };
+    // SAFETY: an array's slots are always there.
+    let (since, is_incomplete) = unsafe { ((*control).since_ns, (*control).is_incomplete == 1) };
+    if since == 0 {
+        return;
+    }
     if threads::remember(thread).is_none() {
         return;
     }
@@ -163,11 +160,6 @@ fn arrive_unknown(task: u64, thread: u32, tgid: u32, now: u64, since: u64) {
         charge_without_stack(task, tgid, EventKind::RunQueue as u8, StackEnd::NotStarted as u8, 0, queued);
         return;
     }
-    let is_incomplete = match WAIT_CONTROL.get_ptr(0) {
-        // SAFETY: an array's slots are always there.
-        Some(control) => (unsafe { (*control).is_incomplete }) == 1,
-        None => true,
-    };
     if !is_incomplete {
         let blocked = now.saturating_sub(since);
         charge_without_stack(task, tgid, EventKind::Blocked as u8, StackEnd::BeganEarlier as u8, blocked, 0);
