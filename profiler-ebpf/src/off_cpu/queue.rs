@@ -1,10 +1,10 @@
 //! The scheduler's own books: what time it is, and how long a thread that was blocked has been ready to run.
 //!
-//! The scheduler reads a clock of each run queue just before a switch (or, where a thread that woke up takes the CPU,
-//! when that was queued), and measures what threads run by it. So do we: it is three loads of what the scheduler has just
-//! used, where asking for the time takes longer than all the rest, and time off the CPU is then exactly what the kernel
-//! does not count as time on it. The clock runs at the counter's rate and begins anywhere; `CLOCK_MONOTONIC` runs at the
-//! rate that NTP makes of it. The least difference seen lately is the difference.
+//! The scheduler reads a clock of each run queue just before a switch (or, where a thread that woke up takes the CPU at
+//! once, when it woke up), and measures what threads run by it. So do we: it is three loads of what the scheduler has just
+//! used, where asking for the time takes longer than all the rest, and time off the CPU is what the kernel does not count
+//! as time on it. The clock runs at the counter's rate and begins anywhere; `CLOCK_MONOTONIC` runs at the rate that NTP
+//! makes of it. The least difference seen lately is the difference.
 //!
 //! `sched_info` (`kernel/sched/stats.h`) notes by the same clock when a thread is queued, and adds what it waited to
 //! `run_delay` when it is moved to another queue. That is cheaper than to watch every thread wake up.
@@ -45,7 +45,8 @@ pub fn now(ration: &mut Ration, next: u64) -> Now {
 }
 
 /// Compares the clocks, `age` after the current comparison began.
-#[inline(always)]
+#[cold]
+#[inline(never)]
 fn compare(ration: &mut Ration, clock: u64, age: u64) {
     let ahead = ktime().wrapping_sub(clock) as i64;
     if age >= COMPARISON {
@@ -71,7 +72,7 @@ fn ktime() -> u64 {
 /// What part of a wait of `total` nanoseconds that ends now the thread waited for a CPU.
 #[inline(always)]
 pub fn time_queued(task: u64, wait: &ThreadWait, now: Now, total: u64) -> u64 {
-    let on_other_queues = member::<u64>(task, loaded!(LAYOUT.task_run_delay)).wrapping_sub(wait.run_delay_ns);
+    let on_other_queues = member::<u64>(task, loaded!(LAYOUT.task_run_delay)).wrapping_sub(wait.ready_ns);
     let last: u64 = member(task, loaded!(LAYOUT.task_last_queued));
     let here = if last == 0 { 0 } else { now.queue_ns.saturating_sub(last) };
     let queued = on_other_queues.wrapping_add(here);
