@@ -57,6 +57,8 @@ pub(super) struct WaitPrograms {
     rations: PerCpuArray<MapData, RationCell>,
     control: Array<MapData, ControlCell>,
     sites: Shared<WaitSite>,
+    /// Whether wakeups are watched: the scheduler's own books are not used.
+    watches_wakeups: bool,
     /// The kernel empties it when nobody holds it any more.
     _walk_on: Option<ProgramArray<MapData>>,
 }
@@ -113,6 +115,7 @@ impl WaitPrograms {
             rations: take_map(ebpf, "RATIONS")?,
             control: take_map(ebpf, "WAIT_CONTROL")?,
             sites,
+            watches_wakeups: watch_wakeups,
             _walk_on: walk_on,
         })
     }
@@ -127,7 +130,8 @@ impl WaitPrograms {
         Ok(self.control.set(0, ControlCell(control), 0)?)
     }
 
-    /// Follows no more waits. Threads that wait now are still in the map.
+    /// Follows no more waits. Threads that wait now are still in the map; what threads still kept of what their places
+    /// are due is the places' now.
     pub(super) fn detach(&mut self, ebpf: &mut Ebpf) -> Result<(), KernelError> {
         for (name, link) in self.programs.iter_mut().rev() {
             if let Some(link) = link.take() {
@@ -135,21 +139,31 @@ impl WaitPrograms {
                 program.detach(link).map_err(|error| KernelError::Program { program: name, error })?;
             }
         }
-        Ok(())
+        self.each_thread(|wait| self.sites.settle(&wait))
     }
 
     /// Calls `thread` for every thread that is waiting; returns when the reading began.
     pub(super) fn threads(&self, mut thread: impl FnMut(u32, ThreadWait)) -> Result<u64, KernelError> {
         let now = monotonic_ns();
-        self.threads.each_waiting(&mut thread);
+        self.each_thread(|wait| {
+            if wait.began_ns != 0 {
+                // By the scheduler's books, nothing is known of that moment before the wait ends.
+                let ready_ns = if self.watches_wakeups { wait.ready_ns } else { 0 };
+                thread(wait.thread, ThreadWait { ready_ns, ..wait });
+            }
+        })?;
+        Ok(now)
+    }
+
+    /// Calls `thread` for every thread that is known.
+    fn each_thread(&self, mut thread: impl FnMut(ThreadWait)) -> Result<(), KernelError> {
+        self.threads.each(&mut thread);
         commands::read(self.more_threads.fd().as_fd(), size_of::<u32>(), size_of::<ThreadWait>(), |_, value| {
-            let Ok(wait) = ThreadWait::read_from_bytes(value) else { return };
-            if wait.thread != 0 && wait.began_ns != 0 {
-                thread(wait.thread, wait);
+            if let Ok(wait) = ThreadWait::read_from_bytes(value) {
+                thread(wait);
             }
         })
-        .map_err(|error| KernelError::System { what: "reading the waiting threads", error })?;
-        Ok(now)
+        .map_err(|error| KernelError::System { what: "reading the waiting threads", error })
     }
 
     /// Takes what places are due (or owe), and frees those that were not used in the last `idle`.
@@ -220,44 +234,68 @@ impl<T> Drop for Shared<T> {
 unsafe impl<T> Send for Shared<T> {}
 
 impl Shared<ThreadWait> {
-    /// Calls `waiting` for each thread that waits.
-    fn each_waiting(&self, mut waiting: impl FnMut(u32, ThreadWait)) {
+    /// Calls `thread` for each thread that is known.
+    fn each(&self, mut thread: impl FnMut(ThreadWait)) {
         for slot in self.addresses() {
             // SAFETY: see `addresses`; each member is accessed atomically.
-            let (thread, began, woken, hash, tgid, shape, weight, kind) = unsafe {
+            let (owner, began, ready, hash, tgid, shape, weight, site, kind, blocked, queued) = unsafe {
                 (
                     AtomicU32::from_ptr(&raw mut (*slot).thread),
                     AtomicU64::from_ptr(&raw mut (*slot).began_ns),
-                    AtomicU64::from_ptr(&raw mut (*slot).woken_ns),
+                    AtomicU64::from_ptr(&raw mut (*slot).ready_ns),
                     AtomicU64::from_ptr(&raw mut (*slot).key.hash),
                     AtomicU32::from_ptr(&raw mut (*slot).key.tgid),
                     AtomicU32::from_ptr(&raw mut (*slot).key.shape),
                     AtomicU32::from_ptr(&raw mut (*slot).weight),
+                    AtomicU32::from_ptr(&raw mut (*slot).site),
                     AtomicU8::from_ptr(&raw mut (*slot).kind),
+                    AtomicU32::from_ptr(&raw mut (*slot).blocked_owed_ns),
+                    AtomicU32::from_ptr(&raw mut (*slot).queued_owed_ns),
                 )
             };
-            let (owner, began_ns) = (thread.load(Relaxed), began.load(Acquire));
-            if owner == 0 || began_ns == 0 {
+            let (owner, began_ns) = (owner.load(Relaxed), began.load(Acquire));
+            if owner == 0 {
                 continue;
             }
             let wait = ThreadWait {
                 thread: owner,
                 began_ns,
-                woken_ns: woken.load(Relaxed),
+                ready_ns: ready.load(Relaxed),
                 key: SampleKey { hash: hash.load(Relaxed), tgid: tgid.load(Relaxed), shape: shape.load(Relaxed) },
                 weight: weight.load(Relaxed),
+                site: site.load(Relaxed),
+                blocked_owed_ns: blocked.load(Relaxed),
+                queued_owed_ns: queued.load(Relaxed),
                 kind: kind.load(Acquire),
                 ..ThreadWait::default()
             };
             // A wait that ended meanwhile, or became another, was none of what was asked for.
             if began.load(Relaxed) == began_ns {
-                waiting(owner, wait);
+                thread(wait);
             }
         }
     }
 }
 
 impl Shared<WaitSite> {
+    /// Adds what a thread kept of what its place is due. The programs have to be detached.
+    fn settle(&self, wait: &ThreadWait) {
+        let index = wait.site as usize & (SITES - 1);
+        let Some(site) = self.addresses().nth(index) else { return };
+        // SAFETY: see `addresses`; each member is accessed atomically.
+        let (tag, blocked, queued) = unsafe {
+            (
+                AtomicU32::from_ptr(&raw mut (*site).tag),
+                AtomicI64::from_ptr(&raw mut (*site).blocked.owed_ns),
+                AtomicI64::from_ptr(&raw mut (*site).queued.owed_ns),
+            )
+        };
+        if wait.site != 0 && tag.load(Relaxed) == wait.site {
+            blocked.fetch_add(i64::from(wait.blocked_owed_ns), Relaxed);
+            queued.fetch_add(i64::from(wait.queued_owed_ns), Relaxed);
+        }
+    }
+
     /// Calls `due` for each place that is due something; frees those that were last used before `before_ns`.
     fn take_dues(&self, before_ns: u64, mut due: impl FnMut(WaitDue)) {
         let before = (before_ns >> USED_SHIFT) as u32;

@@ -236,7 +236,7 @@ impl WaitBook {
         let Some(known) = self.known.get_mut(&wait.key) else { return };
         known.used = self.drain;
         let total = now_ns.saturating_sub(wait.began_ns);
-        let queued = match wait.woken_ns {
+        let queued = match wait.ready_ns {
             _ if wait.kind == EventKind::RunQueue as u8 => total,
             0 => 0,
             woken => now_ns.saturating_sub(woken),

@@ -19,14 +19,14 @@ pub const SITES: usize = 16_384;
 pub struct ThreadWait {
     /// When the thread left the CPU (`CLOCK_MONOTONIC`, nanoseconds); zero while it runs.
     pub began_ns: u64,
-    /// When it became ready to run again; zero: it has not, or it was all the time, or the scheduler's own books are
-    /// used.
-    pub woken_ns: u64,
+    /// When it became ready to run again; zero: it has not, or it was all the time. Where the scheduler's own books are
+    /// used: what it had waited for CPUs until it left this one, nanoseconds.
+    pub ready_ns: u64,
     /// The row that has its stack, where one was taken.
     pub key: SampleKey,
     /// How many waits this one stands for; zero: no stack was taken.
     pub weight: u32,
-    /// The [`WaitSite::tag`] of the place.
+    /// The [`WaitSite::tag`] of the place; zero: it has none.
     pub site: u32,
     /// An `EventKind`: why the thread left the CPU.
     pub kind: u8,
@@ -36,10 +36,15 @@ pub struct ThreadWait {
     pub reserved: [u8; 2],
     /// The thread; zero: the slot is free.
     pub thread: u32,
-    /// What the thread had waited for CPUs until then, by the scheduler's books, nanoseconds.
-    pub run_delay_ns: u64,
-    /// Zero.
-    pub padding: u64,
+    /// [`WaitSite::expected_ns`] of the place, which only learns of it when the thread turns to another, or in another
+    /// unit of [`Self::used`].
+    pub expected_ns: u32,
+    /// When that was known last, in units of 2^[`USED_SHIFT`] nanoseconds.
+    pub used: u32,
+    /// Time blocked that is to be added to [`Balance::owed_ns`] then.
+    pub blocked_owed_ns: u32,
+    /// Time waiting for a CPU, likewise.
+    pub queued_owed_ns: u32,
 }
 
 /// A place where a thread waits, as far as its user registers and the kind of wait tell.
@@ -54,7 +59,7 @@ pub struct WaitSite {
     pub tag: u32,
     /// The longest wait lately, fading, nanoseconds; anything longer than fits is as good as forever.
     pub expected_ns: u32,
-    /// When a wait last began or ended here (`CLOCK_MONOTONIC`), in units of 2^[`USED_SHIFT`] nanoseconds.
+    /// When a wait last began here (`CLOCK_MONOTONIC`), in units of 2^[`USED_SHIFT`] nanoseconds.
     pub used: u32,
     /// Zero: a place is as large as a cache line.
     pub padding: u32,
@@ -69,8 +74,8 @@ pub struct WaitSite {
 /// See [`WaitSite::used`]: units of about a second.
 pub const USED_SHIFT: u32 = 30;
 
-/// What a place's samples were charged, against what its waits took. Each member has one writer, so that none needs
-/// a lock.
+/// What a place's samples were charged, against what its waits took. Each member has one writer while programs run, so
+/// that none needs a lock.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct Balance {
@@ -88,27 +93,33 @@ pub struct Balance {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct Ration {
+    /// How much `CLOCK_MONOTONIC` is ahead of the run queue's clock, nanoseconds: the lesser of
+    /// [`Self::ahead_lately_ns`] and [`Self::ahead_before_ns`]. (What every switch needs comes first.)
+    pub ahead_ns: i64,
+    /// Start of the current comparison of clocks, by the run queue's.
+    pub compared_ns: u64,
+    /// Switches at which the clocks were compared in it.
+    pub compared: u64,
+    /// State of a generator of random numbers.
+    pub random: u64,
     /// Start of the current period.
     pub period_ns: u64,
-    /// Stacks that may still be taken, in billionths.
-    pub tokens: u64,
-    /// Waits that were chosen in the current period.
-    pub wanted: u64,
     /// Waits that are expected to last this long are chosen always, shorter ones in proportion. Zero: all are.
     pub threshold_ns: u64,
     /// What waits on this CPU lasted lately: the expectation for places that are new.
     pub typical_ns: u64,
-    /// State of a generator of random numbers.
-    pub random: u64,
-    /// Start of the current comparison of clocks.
-    pub compared_ns: u64,
-    /// How much `CLOCK_MONOTONIC` is ahead of the run queue's clock: the least of this comparison and of the one before,
-    /// nanoseconds.
-    pub ahead_ns: [i64; 2],
     /// Waits that ended.
     pub ended: u64,
     /// Time that threads waited, by kind: index is the `EventKind`.
     pub waited_ns: [u64; 8],
+    /// Stacks that may still be taken, in billionths.
+    pub tokens: u64,
+    /// Waits that were chosen in the current period.
+    pub wanted: u64,
+    /// The least difference in the current comparison of clocks.
+    pub ahead_lately_ns: i64,
+    /// The least in the one before.
+    pub ahead_before_ns: i64,
 }
 
 /// What the agent tells the scheduler's programs while they run.

@@ -43,22 +43,13 @@ const MAX_TRACING_FRAMES: usize = 12;
 /// `sched_switch(preempt, prev, next[, prev_state])`; `walk` drives the user stack walk.
 #[inline(always)]
 pub fn switch(ctx: &BtfTracePointContext, walk: impl Fn(&BtfTracePointContext, &mut Scratch)) {
-    let Some(control) = WAIT_CONTROL.get_ptr(0) else { return };
-    // SAFETY: an array's slots are always there.
-    let since = unsafe { (*control).since_ns };
-    if since == 0 {
-        return;
-    }
     let Some(ration) = RATIONS.get_ptr_mut(0) else { return };
     // SAFETY: this CPU's value is used by one program at a time: they run with interrupts off.
     let ration = unsafe { &mut *ration };
-    // SAFETY: the helper has no arguments.
-    let now = unsafe { bpf_ktime_get_ns() };
-    if loaded!(SETTINGS.has_queue_times) == 1 {
-        queue::compare_clocks(ration, ctx.arg(2), now);
-    }
-    arrive(ctx.arg(2), now, since, ration);
-    leave(ctx, now, ration, walk);
+    threads::touch(member(ctx.arg(1), loaded!(LAYOUT.task_pid)));
+    let now = queue::now(ration, ctx.arg(2));
+    arrive(ctx.arg(2), now, ration);
+    leave(ctx, now.monotonic_ns, ration, walk);
 }
 
 /// `sched_wakeup(task)`: from here on the thread only waits for a CPU. Used where the scheduler does not tell.
@@ -67,9 +58,9 @@ pub fn wake(ctx: &BtfTracePointContext) {
     let task: u64 = ctx.arg(0);
     let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
     let Some(wait) = threads::find(thread) else { return };
-    if wait.began_ns != 0 && wait.woken_ns == 0 && wait.kind != EventKind::RunQueue as u8 {
+    if wait.began_ns != 0 && wait.ready_ns == 0 && wait.kind != EventKind::RunQueue as u8 {
         // SAFETY: the helper has no arguments.
-        wait.woken_ns = unsafe { bpf_ktime_get_ns() };
+        wait.ready_ns = unsafe { bpf_ktime_get_ns() };
     }
 }
 
@@ -85,7 +76,7 @@ pub fn walk_on(ctx: &BtfTracePointContext) {
 
 /// A thread gets the CPU: what it waited is charged.
 #[inline(always)]
-fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
+fn arrive(task: u64, at: queue::Now, ration: &mut Ration) {
     let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
     if thread == 0 {
         return;
@@ -96,8 +87,9 @@ fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
     }
     let Some(wait) = threads::find(thread) else {
         ration.ended += 1;
-        return arrive_unknown(task, thread, tgid, now, since);
+        return arrive_unknown(task, thread, at.monotonic_ns);
     };
+    let now = at.monotonic_ns;
     let began = wait.began_ns;
     if began == 0 {
         return;
@@ -107,77 +99,71 @@ fn arrive(task: u64, now: u64, since: u64, ration: &mut Ration) {
     let queued = if wait.kind == EventKind::RunQueue as u8 {
         total
     } else if loaded!(SETTINGS.has_queue_times) == 1 {
-        queue::time_queued(ration, task, wait, now, total)
-    } else if wait.woken_ns != 0 {
-        now.saturating_sub(wait.woken_ns)
+        queue::time_queued(task, wait, at, total)
+    } else if wait.ready_ns != 0 {
+        now.saturating_sub(wait.ready_ns)
     } else {
         0
     };
     let blocked = total.saturating_sub(queued);
     ration::note_duration(ration, wait.kind, blocked, queued);
-    let mut site = sites::of(wait.site);
-    if let Some(site) = site.as_deref_mut() {
-        sites::learn(site, total, now);
-    }
+    sites::learn(wait, total);
     let is_short = total < loaded!(SETTINGS.min_wait_ns);
     if is_short {
         count(Counter::WaitsShort);
     }
     if wait.weight == 0 {
-        match site {
-            _ if is_short => {}
-            Some(site) if wait.unsampled == 0 => {
-                sites::owe(&mut site.blocked, blocked);
-                sites::owe(&mut site.queued, queued);
-            }
-            _ => {
-                let (kind, end) = (wait.kind, if wait.unsampled == 0 { RATIONED } else { wait.unsampled });
-                charge_without_stack(task, tgid, kind, end, blocked, queued);
-            }
+        let is_represented = wait.unsampled == 0;
+        if !is_short && !(is_represented && sites::owe(wait, blocked, queued)) {
+            let end = if is_represented { RATIONED } else { wait.unsampled };
+            charge_without_stack(task, wait.kind, end, blocked, queued);
         }
         return;
     }
     if is_short {
-        charge(task, tgid, wait, 0, 0, 0);
+        charge(task, wait, 0, 0, 0);
         return;
     }
     let weight = u64::from(wait.weight);
     let (mut blocked_ns, mut queued_ns) = (blocked * weight, queued * weight);
-    if let Some(site) = site {
+    if let Some(site) = sites::settle(task, wait) {
         site.key = wait.key;
         blocked_ns = sites::balance(&mut site.blocked, blocked, blocked_ns);
         queued_ns = sites::balance(&mut site.queued, queued, queued_ns);
     }
-    charge(task, tgid, wait, weight, blocked_ns, queued_ns);
+    charge(task, wait, weight, blocked_ns, queued_ns);
 }
 
 /// A thread gets the CPU that was never seen to leave one: it is new, or its wait began before the recording.
-#[inline(always)]
-fn arrive_unknown(task: u64, thread: u32, tgid: u32, now: u64, since: u64) {
+#[cold]
+#[inline(never)]
+fn arrive_unknown(task: u64, thread: u32, now: u64) {
+    let Some(control) = WAIT_CONTROL.get_ptr(0) else { return };
+    // SAFETY: an array's slots are always there.
+    let (since, is_incomplete) = unsafe { ((*control).since_ns, (*control).is_incomplete == 1) };
+    if since == 0 {
+        return;
+    }
     if threads::remember(thread).is_none() {
         return;
     }
     let started: u64 = member(task, loaded!(LAYOUT.task_start_time));
     if started >= since {
         let queued = now.saturating_sub(started);
-        charge_without_stack(task, tgid, EventKind::RunQueue as u8, StackEnd::NotStarted as u8, 0, queued);
+        charge_without_stack(task, EventKind::RunQueue as u8, StackEnd::NotStarted as u8, 0, queued);
         return;
     }
-    let is_incomplete = match WAIT_CONTROL.get_ptr(0) {
-        // SAFETY: an array's slots are always there.
-        Some(control) => (unsafe { (*control).is_incomplete }) == 1,
-        None => true,
-    };
     if !is_incomplete {
         let blocked = now.saturating_sub(since);
-        charge_without_stack(task, tgid, EventKind::Blocked as u8, StackEnd::BeganEarlier as u8, blocked, 0);
+        charge_without_stack(task, EventKind::Blocked as u8, StackEnd::BeganEarlier as u8, blocked, 0);
     }
 }
 
 /// Raises the row of a sampled wait. Where it is gone already, because the agent has read it, another row refers
 /// to it.
-#[inline(always)]
-fn charge(task: u64, tgid: u32, wait: &ThreadWait, weight: u64, blocked: u64, queued: u64) {
+#[cold]
+#[inline(never)]
+fn charge(task: u64, wait: &ThreadWait, weight: u64, blocked: u64, queued: u64) {
     const ENDED: u64 = 1 << 32;
     let key = wait.key;
     if aggregate::raise(&key, weight, blocked, queued, ENDED) {
@@ -187,6 +173,7 @@ fn charge(task: u64, tgid: u32, wait: &ThreadWait, weight: u64, blocked: u64, qu
     // SAFETY: as in `take_stack`.
     let scratch = unsafe { &mut *scratch };
     let header = &mut scratch.sample.header;
+    let tgid: u32 = member(task, loaded!(LAYOUT.task_tgid));
     capture::identify(header, task, tgid, wait.kind);
     header.user_end = StackEnd::Forgotten as u8;
     header.count = weight;
@@ -204,8 +191,10 @@ fn charge(task: u64, tgid: u32, wait: &ThreadWait, weight: u64, blocked: u64, qu
 }
 
 /// Charges a wait of which there is no stack to its thread.
-#[inline(always)]
-fn charge_without_stack(task: u64, tgid: u32, kind: u8, end: u8, blocked: u64, queued: u64) {
+#[cold]
+#[inline(never)]
+fn charge_without_stack(task: u64, kind: u8, end: u8, blocked: u64, queued: u64) {
+    let tgid: u32 = member(task, loaded!(LAYOUT.task_tgid));
     let Some(scratch) = maps::scratch(maps::OFF_CPU) else { return };
     // SAFETY: as in `take_stack`.
     let scratch = unsafe { &mut *scratch };
@@ -247,7 +236,10 @@ fn leave(
         u64::from(member::<u32>(task, loaded!(LAYOUT.task_state)))
     };
     if !is_preempted && state & TASK_DEAD != 0 {
-        threads::forget(thread);
+        if let Some(wait) = threads::find(thread) {
+            sites::settle(task, wait);
+            threads::forget(thread);
+        }
         return;
     }
     let kind = if is_preempted || state == 0 {
@@ -258,17 +250,14 @@ fn leave(
         EventKind::Blocked
     };
     let Some(wait) = threads::find(thread).or_else(|| threads::remember(thread)) else { return };
+    sites::enter(task, wait, sites::tag(task, tgid, thread, kind), now);
     wait.began_ns = now;
-    wait.woken_ns = 0;
-    if loaded!(SETTINGS.has_queue_times) == 1 {
-        wait.run_delay_ns = member(task, loaded!(LAYOUT.task_run_delay));
-    }
+    wait.ready_ns =
+        if loaded!(SETTINGS.has_queue_times) == 1 { member(task, loaded!(LAYOUT.task_run_delay)) } else { 0 };
     wait.kind = kind as u8;
     wait.weight = 0;
     wait.unsampled = 0;
-    let tag = sites::tag(task, tgid, thread, kind);
-    wait.site = tag;
-    match ration::choose(ration, sites::claim(tag, tgid, now), now) {
+    match ration::choose(ration, wait, now) {
         ration::Choice::Stack(weight) => {
             wait.weight = weight;
             count(Counter::WaitsSampled);

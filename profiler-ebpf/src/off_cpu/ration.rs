@@ -2,7 +2,7 @@
 
 use profiler_common::abi::{
     sample::EventKind,
-    waits::{Ration, WaitSite},
+    waits::{Ration, ThreadWait},
 };
 
 use crate::layout::loaded;
@@ -33,7 +33,7 @@ pub enum Choice {
 /// Decides about a wait that begins, before anybody knows how long it will last. Where its place has no slot, there
 /// is nothing that others could stand for it by.
 #[inline(always)]
-pub fn choose(ration: &mut Ration, site: Option<&mut WaitSite>, now: u64) -> Choice {
+pub fn choose(ration: &mut Ration, wait: &ThreadWait, now: u64) -> Choice {
     let rate = u64::from(loaded!(SETTINGS.wait_stacks_per_second));
     if rate == 0 {
         return Choice::Stack(1);
@@ -43,10 +43,8 @@ pub fn choose(ration: &mut Ration, site: Option<&mut WaitSite>, now: u64) -> Cho
         next_period(ration, now, elapsed, rate);
     }
     let mut weight = 1;
-    if ration.threshold_ns != 0
-        && let Some(site) = site
-    {
-        let expected = if site.expected_ns == 0 { ration.typical_ns } else { u64::from(site.expected_ns) };
+    if ration.threshold_ns != 0 && wait.site != 0 {
+        let expected = if wait.expected_ns == 0 { ration.typical_ns } else { u64::from(wait.expected_ns) };
         let expected = if expected > SHORTEST { expected } else { SHORTEST };
         if expected < ration.threshold_ns {
             let random = random(ration, now);
@@ -72,7 +70,8 @@ pub fn choose(ration: &mut Ration, site: Option<&mut WaitSite>, now: u64) -> Cho
 }
 
 /// Pays out the ration of the time since the last period, and moves the threshold so that it will last.
-#[inline(always)]
+#[cold]
+#[inline(never)]
 fn next_period(ration: &mut Ration, now: u64, elapsed: u64, rate: u64) {
     let capacity = (STACK / BURST_DIVISOR) * rate + 2 * STACK;
     let elapsed = if elapsed > STACK { STACK } else { elapsed };

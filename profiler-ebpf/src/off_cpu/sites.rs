@@ -3,8 +3,8 @@
 use aya_ebpf::helpers::generated::bpf_task_pt_regs;
 use profiler_common::{
     abi::{
-        sample::{EventKind, SampleKey},
-        waits::{Balance, SITES, USED_SHIFT, WaitSite},
+        sample::{EventKind, SampleKey, StackEnd},
+        waits::{Balance, SITES, ThreadWait, USED_SHIFT, WaitSite},
     },
     unwind::pt_regs,
 };
@@ -18,15 +18,11 @@ const LONGEST: u64 = u32::MAX as u64;
 /// Where the thread waits: see [`WaitSite::tag`]. Where it lost its CPU is no place: it would have run on.
 #[inline(always)]
 pub fn tag(task: u64, tgid: u32, thread: u32, kind: EventKind) -> u32 {
-    let whose = u64::from(tgid) << 32 | u64::from(thread);
-    let hash = if matches!(kind, EventKind::RunQueue) {
-        mix(kind as u64, whose)
-    } else {
-        let (pc, stack) = user_registers(task);
-        mix(mix(mix(kind as u64, whose), pc), stack)
-    };
+    // (An ID of a thread has 22 bits.)
+    let whose = u64::from(tgid) << 32 | u64::from(thread) << 8 | kind as u64;
+    let (pc, stack) = if matches!(kind, EventKind::RunQueue) { (0, 0) } else { user_registers(task) };
     // (Never zero.)
-    (hash >> 32) as u32 | 1 << 31
+    (mix(mix(whose, pc), stack) >> 32) as u32 | 1 << 31
 }
 
 /// The user registers that tell places apart: instruction and stack pointer.
@@ -41,27 +37,65 @@ fn user_registers(task: u64) -> (u64, u64) {
     }
 }
 
-/// The place of a wait that begins: its own, or one that is free. `None`: the slot is another's.
+/// The thread begins to wait in a place. What is known of it is kept with the thread, since most waits are in the same
+/// place as the one before: another line of memory, which the caches have long lost, takes as long as all the rest.
 #[inline(always)]
-pub fn claim(tag: u32, tgid: u32, now: u64) -> Option<&'static mut WaitSite> {
-    let site = WAIT_SITES.get_ptr_mut(tag & (SITES as u32 - 1))?;
+pub fn enter(task: u64, wait: &mut ThreadWait, tag: u32, now: u64) {
+    let used = (now >> USED_SHIFT) as u32;
+    if wait.site != tag || wait.used != used {
+        turn_to(task, wait, tag, used);
+    }
+}
+
+/// The thread turns to a place: its own, or one that is free. It has none where that is another's.
+#[cold]
+#[inline(never)]
+fn turn_to(task: u64, wait: &mut ThreadWait, tag: u32, used: u32) {
+    settle(task, wait);
+    wait.site = 0;
+    wait.used = used;
+    let Some(site) = WAIT_SITES.get_ptr_mut(tag & (SITES as u32 - 1)) else { return };
     // SAFETY: as in `of`.
     let site = unsafe { &mut *site };
     if site.tag != tag {
         if site.tag != 0 {
-            return None;
+            return;
         }
         site.expected_ns = 0;
-        site.key = SampleKey { hash: 0, tgid, shape: 0 };
+        site.key = SampleKey { hash: 0, tgid: member(task, loaded!(LAYOUT.task_tgid)), shape: 0 };
         site.tag = tag;
     }
-    site.used = (now >> USED_SHIFT) as u32;
-    Some(site)
+    site.used = used;
+    wait.site = tag;
+    wait.expected_ns = site.expected_ns;
+}
+
+/// Lets the thread's place know what is kept with the thread. `None`: it has none, or it is another's meanwhile.
+#[inline(always)]
+pub fn settle(task: u64, wait: &mut ThreadWait) -> Option<&'static mut WaitSite> {
+    let (blocked, queued) = (u64::from(wait.blocked_owed_ns), u64::from(wait.queued_owed_ns));
+    wait.blocked_owed_ns = 0;
+    wait.queued_owed_ns = 0;
+    let site = of(wait.site);
+    match site {
+        Some(site) => {
+            site.expected_ns = wait.expected_ns;
+            add(&mut site.blocked, blocked);
+            add(&mut site.queued, queued);
+            Some(site)
+        }
+        None => {
+            if blocked + queued != 0 {
+                super::charge_without_stack(task, wait.kind, StackEnd::Rationed as u8, blocked, queued);
+            }
+            None
+        }
+    }
 }
 
 /// The place of a wait, if the slot still belongs to it.
 #[inline(always)]
-pub fn of(tag: u32) -> Option<&'static mut WaitSite> {
+fn of(tag: u32) -> Option<&'static mut WaitSite> {
     let site = WAIT_SITES.get_ptr_mut(tag & (SITES as u32 - 1))?;
     // SAFETY: an array's slots are always there. A place is one thread's, and what happens to one thread is ordered; the agent only writes members that programs only read.
     let site = unsafe { &mut *site };
@@ -70,16 +104,29 @@ pub fn of(tag: u32) -> Option<&'static mut WaitSite> {
 
 /// Lets the expectation learn from a wait that ended.
 #[inline(always)]
-pub fn learn(site: &mut WaitSite, total: u64, now: u64) {
-    let faded = u64::from(site.expected_ns - site.expected_ns / 8);
+pub fn learn(wait: &mut ThreadWait, total: u64) {
+    let faded = u64::from(wait.expected_ns - wait.expected_ns / 8);
     let expected = if total > faded { total } else { faded };
-    site.expected_ns = if expected > LONGEST { LONGEST as u32 } else { expected as u32 };
-    site.used = (now >> USED_SHIFT) as u32;
+    wait.expected_ns = if expected > LONGEST { LONGEST as u32 } else { expected as u32 };
 }
 
-/// Notes time that no sample was charged with.
+/// Notes time that no sample was charged with. False: the place is gone.
 #[inline(always)]
-pub fn owe(balance: &mut Balance, time: u64) {
+pub fn owe(wait: &mut ThreadWait, blocked: u64, queued: u64) -> bool {
+    // What is owed is settled in each unit of `used`, so that two of these are the most there can be.
+    if blocked + queued < 1 << USED_SHIFT {
+        wait.blocked_owed_ns = wait.blocked_owed_ns.wrapping_add(blocked as u32);
+        wait.queued_owed_ns = wait.queued_owed_ns.wrapping_add(queued as u32);
+        return true;
+    }
+    let Some(site) = of(wait.site) else { return false };
+    add(&mut site.blocked, blocked);
+    add(&mut site.queued, queued);
+    true
+}
+
+#[inline(always)]
+fn add(balance: &mut Balance, time: u64) {
     balance.owed_ns = balance.owed_ns.wrapping_add(time as i64);
 }
 
@@ -93,6 +140,6 @@ pub fn balance(balance: &mut Balance, time: u64, weighted: u64) -> u64 {
     let after = due.wrapping_sub((weighted - time) as i64);
     let corrected = (weighted as i64).wrapping_add(after >> 2);
     let charged = if corrected > 0 { corrected as u64 } else { 0 };
-    owe(balance, time.wrapping_sub(charged));
+    add(balance, time.wrapping_sub(charged));
     charged
 }

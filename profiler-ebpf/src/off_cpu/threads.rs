@@ -1,11 +1,22 @@
 //! What is remembered of threads between two events.
 
+use core::ptr::read_volatile;
+
 use profiler_common::abi::{
     counter::Counter,
     waits::{THREAD_SLOTS, ThreadWait},
 };
 
 use crate::maps::{MORE_THREADS, THREADS, WAIT_CONTROL, count};
+
+/// Fetches a thread's slot into the cache while the other thread of the switch is seen to.
+#[inline(always)]
+pub fn touch(thread: u32) {
+    if let Some(slot) = THREADS.get_ptr_mut(thread & (THREAD_SLOTS as u32 - 1)) {
+        // SAFETY: an array's slots are always there.
+        unsafe { read_volatile(&raw const (*slot).thread) };
+    }
+}
 
 /// What is remembered of a thread.
 #[inline(always)]
@@ -24,15 +35,15 @@ pub fn find(thread: u32) -> Option<&'static mut ThreadWait> {
 }
 
 /// Makes room for a thread that is not remembered.
-#[inline(always)]
+#[cold]
+#[inline(never)]
 pub fn remember(thread: u32) -> Option<&'static mut ThreadWait> {
     let slot = THREADS.get_ptr_mut(thread & (THREAD_SLOTS as u32 - 1))?;
     // SAFETY: as in `find`. (Should two CPUs take the same slot at the same moment, the later one has it, and
     // the other thread's wait is not known when it ends.)
     let slot = unsafe { &mut *slot };
     if slot.thread == 0 {
-        slot.began_ns = 0;
-        slot.thread = thread;
+        *slot = ThreadWait { thread, ..ThreadWait::default() };
         return Some(slot);
     }
     let _checked_below = MORE_THREADS.insert(thread, ThreadWait { thread, ..ThreadWait::default() }, 0);
@@ -50,7 +61,8 @@ pub fn remember(thread: u32) -> Option<&'static mut ThreadWait> {
 }
 
 /// Forgets a thread that has ended.
-#[inline(always)]
+#[cold]
+#[inline(never)]
 pub fn forget(thread: u32) {
     let Some(slot) = THREADS.get_ptr_mut(thread & (THREAD_SLOTS as u32 - 1)) else { return };
     // SAFETY: as in `find`.
