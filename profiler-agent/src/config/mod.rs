@@ -29,7 +29,7 @@ use crate::{
 
 /// Samples per second and CPU. Off the round hundred, so that sampling does not keep step with timers.
 pub const DEFAULT_FREQUENCY: u64 = 99;
-/// How waits are sampled: 100 stacks a second take about 0.1 % of a CPU, and are enough for the right totals.
+/// How waits are sampled: 50 stacks a second and CPU take less than 0.1 % of it, and are enough for the right totals.
 pub const DEFAULT_WAITS: WaitOptions = WaitOptions { stacks_per_second: 50, min_duration: Duration::ZERO };
 const DEFAULT_STATUS: &str = "127.0.0.1:7081";
 
