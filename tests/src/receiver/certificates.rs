@@ -66,6 +66,11 @@ impl Authority {
         self.folder.join(&self.name).with_extension("pem")
     }
 
+    /// Its own certificate and key.
+    pub fn itself(&self) -> Identity {
+        Identity { cert_file: self.file(), key_file: self.folder.join(&self.name).with_extension("key") }
+    }
+
     /// Signs a certificate for names such as `DNS:localhost,IP:127.0.0.1`. One of this authority that is called the same is
     /// replaced.
     pub fn sign(&self, name: &str, alternative_names: &str, validity: Validity) -> Identity {

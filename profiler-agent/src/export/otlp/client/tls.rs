@@ -112,6 +112,12 @@ impl Tls {
                      authority"
                 )
             }
+            // (The cause is another crate's type, of which only the text can be seen.)
+            Error::InvalidCertificate(other) if format!("{other:?}").contains("CaUsedAsEndEntity") => {
+                "the receiver's certificate is one of an authority (CA:TRUE), as `openssl req -x509` makes them unless it is \
+                 told otherwise: give the receiver one with basicConstraints=CA:FALSE"
+                    .to_owned()
+            }
             Error::InvalidCertificate(other) => {
                 format!("the receiver's certificate cannot be used: {}", printable(&other.to_string()))
             }

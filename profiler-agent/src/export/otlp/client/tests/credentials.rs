@@ -33,6 +33,7 @@ fn checks_certificates() {
     let valid = authority.sign("valid", names, Validity::Now);
     let expired = authority.sign("expired", names, Validity::Expired);
     let elsewhere = authority.sign("elsewhere", "DNS:collector.example", Validity::Now);
+    let own = authority.itself();
     for protocol in BOTH {
         let start = |identity| Receiver::start(options(protocol).with_tls(identity));
         let receiver = start(&valid);
@@ -44,6 +45,8 @@ fn checks_certificates() {
         check_failed(send(system), Reason::TlsFailed, &["this system trusts", "tls.ca_file"]);
         let receiver = start(&expired);
         check_failed(send(trusting(&receiver, protocol, &authority)), Reason::TlsFailed, &["has expired", "renew"]);
+        let receiver = start(&own);
+        check_failed(send(trusting(&receiver, protocol, &authority)), Reason::TlsFailed, &["CA:TRUE", "CA:FALSE"]);
         let receiver = start(&elsewhere);
         let mut settings = trusting(&receiver, protocol, &authority);
         let words = ["not for \"127.0.0.1\"", "collector.example", "tls.server_name"];
