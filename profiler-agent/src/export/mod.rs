@@ -9,7 +9,7 @@ pub mod pprof;
 pub mod svg;
 
 #[cfg(fuzzing)]
-pub(crate) use self::delivery::spool::fuzzing;
+pub(crate) use self::delivery::fuzzing;
 pub use self::folder::{FolderError, Limits};
 
 use std::path::Path;

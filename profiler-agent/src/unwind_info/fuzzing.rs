@@ -24,7 +24,7 @@ use super::{
 use crate::{
     elf::{self, GoTable},
     fuzzing::{Input, file},
-    profile::{Executable, ExecutableId},
+    profile::{Executable, ExecutableId, FileIdentity},
 };
 
 /// Most rows of a table.
@@ -177,6 +177,7 @@ pub fn executable(bytes: &[u8]) {
         table: 1,
         path: String::new(),
         build_id: summary.build_id,
+        identity: FileIdentity::default(),
         segments: summary.segments.into(),
         file: Mutex::new(Some(Arc::clone(&file))),
         debug: Mutex::default(),

@@ -15,6 +15,8 @@ mod inbox;
 mod spool;
 mod stats;
 
+#[cfg(fuzzing)]
+pub(crate) use self::spool::fuzzing;
 pub use self::stats::{DestinationStats, DropReason, LATENCY_BUCKETS, Waiting};
 
 use std::{

@@ -102,15 +102,16 @@ fn delivers() {
             let receiver = Receiver::start(options(protocol));
             let settings = Settings { compression, ..settings(&receiver.url(), protocol) };
             let mut client = Client::new(settings).expect("valid settings");
+            let request = request();
             on_runtime(async || {
                 for _ in 0..3 {
-                    assert_eq!(client.send(&request()).await, Ok(Accepted::default()));
+                    assert_eq!(client.send(&request).await, Ok(Accepted::default()));
                 }
             });
             let received = receiver.received();
             assert_eq!(received.len(), 3);
             for received in received {
-                assert_eq!(received.body, request().body);
+                assert_eq!(received.body, request.body);
                 ExportProfilesServiceRequest::decode(received.body).expect("a request");
                 assert_eq!(received.path, if protocol == Protocol::Grpc { GRPC_PATH } else { HTTP_PATH });
                 assert_eq!(received.headers["x-scope-orgid"], "hunter2");
