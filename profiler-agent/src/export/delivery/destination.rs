@@ -93,6 +93,7 @@ impl Destination {
                 Err(failure) if failure.reason.is_retryable() => {
                     self.backlog.stats.fail(failure.reason);
                     self.complain(&failure, &request);
+                    self.backlog.give_back();
                     if self.backlog.inbox.is_closed() && self.backlog.is_safe() {
                         return;
                     }
@@ -207,10 +208,14 @@ impl Backlog {
 
     /// The oldest that is not too old: to be sent.
     fn next(&mut self) -> Option<Request> {
-        if let Some(Sending::FromMemory(request)) = &self.sending {
-            return Some(request.clone());
-        }
         let now = SystemTime::now();
+        if let Some(Sending::FromMemory(request)) = &self.sending {
+            if !self.is_too_old(request, now) {
+                return Some(request.clone());
+            }
+            self.stats.lose(DropReason::TooOld, request.tally);
+            self.sending = None;
+        }
         if let Some(spool) = &mut self.spool {
             match spool.front(now) {
                 Ok(Some(Stored { number, request })) => {
@@ -223,7 +228,7 @@ impl Backlog {
             }
         }
         while let Some(request) = self.inbox.take() {
-            if now.duration_since(request.closed).is_ok_and(|age| age > self.max_age) {
+            if self.is_too_old(&request, now) {
                 self.stats.lose(DropReason::TooOld, request.tally);
             } else {
                 self.sending = Some(Sending::FromMemory(request.clone()));
@@ -232,6 +237,23 @@ impl Backlog {
         }
         self.count();
         None
+    }
+
+    fn is_too_old(&self, request: &Request, now: SystemTime) -> bool {
+        now.duration_since(request.closed).is_ok_and(|age| age > self.max_age)
+    }
+
+    /// What was being sent has to be sent again. Meanwhile it is one of those that wait, and may have to make room: else one
+    /// that a receiver never takes would keep all others.
+    fn give_back(&mut self) {
+        // (What is in the spool came later.)
+        let is_overtaken = self.spool.as_ref().is_some_and(|spool| !spool.is_empty());
+        match self.sending.take() {
+            Some(Sending::FromMemory(request)) if is_overtaken => self.sending = Some(Sending::FromMemory(request)),
+            Some(Sending::FromMemory(request)) => self.inbox.put_back(request),
+            Some(Sending::FromSpool(_)) | None => {}
+        }
+        self.count();
     }
 
     /// What was being sent needs no sending any more. False: it had to make room meanwhile, and was counted.
@@ -321,5 +343,57 @@ impl Complaints {
     /// Notes that all is well. Whether it was not.
     fn is_over(&mut self) -> bool {
         self.last.take().is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        export::otlp::client::{Compression, Endpoint, Protocol, Settings, Tls, UrlPath},
+        profile::Tally,
+    };
+
+    /// A request that is sent again and again is one of those that wait: it makes room for newer ones like all others, and
+    /// what is left at the end is counted.
+    #[test]
+    fn what_is_never_taken_makes_room() {
+        // Nobody listens there.
+        let endpoint = Endpoint::parse("http://127.0.0.1:1", Protocol::Grpc, UrlPath::OrStandard).expect("an endpoint");
+        let client = Client::new(Settings {
+            name: "nobody".to_owned(),
+            endpoint,
+            protocol: Protocol::Grpc,
+            compression: Compression::None,
+            timeout: Duration::from_secs(10),
+            headers: Vec::new(),
+            bearer_token_file: None,
+            tls: Tls::default(),
+        });
+        let (inbox, stats) = (Arc::new(Inbox::new(100)), Arc::new(DestinationStats::new("nobody".to_owned())));
+        let client = client.expect("valid settings");
+        let destination = Destination::new(client, Arc::clone(&inbox), None, Duration::MAX, Arc::clone(&stats));
+        let (set_deadline, deadline) = watch::channel(None);
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("an event loop");
+            runtime.block_on(destination.run(deadline));
+        });
+        let request = |samples| Request {
+            body: vec![0; 60].into(),
+            tally: Tally { samples, off_cpu_ns: 0 },
+            profiles: 1,
+            closed: SystemTime::UNIX_EPOCH,
+        };
+        assert_eq!(inbox.put(request(1)).samples, 0);
+        let failures = || stats.failures().iter().map(|(_, count)| count).sum::<u64>();
+        while failures() == 0 || inbox.waiting().requests == 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(inbox.put(request(2)).samples, 1);
+        inbox.close();
+        set_deadline.send(Some(Instant::now())).expect("it runs");
+        thread.join().expect("it ends");
+        assert_eq!(stats.dropped()[DropReason::Shutdown as usize], (DropReason::Shutdown, request(2).tally));
+        assert_eq!(stats.waiting(), [Waiting::default(); 2]);
     }
 }
