@@ -41,9 +41,8 @@ fn an_independent_receiver_gets_everything() {
     let agent = daemon(otlp, status, &["--window", "3s", "--event", "both"]);
     let load = Background::start(Command::new(workload("burner")).args(["2", "10"]));
     let _ = load.finish();
-    let exports = ask_within(Duration::from_secs(15), || {
-        metric(status, "profiler_agent_samples_exported_total").filter(|&samples| samples > 1000.0)
-    });
+    let exported = format!("profiler_agent_samples_exported_total{{destination=\"127.0.0.1:{otlp}\"}}");
+    let exports = ask_within(Duration::from_secs(15), || metric(status, &exported).filter(|&samples| samples > 1000.0));
     agent.signal(Signal::SIGTERM);
     let agent = agent.finish();
     let text = stderr(&agent);
