@@ -94,7 +94,7 @@ impl Books {
 }
 
 fn endless_load() -> Background {
-    Background::start(Command::new(workload("burner")).args(["2", "36000"]))
+    Background::start(Command::new(workload("burner")).args(["2", "3600"]))
 }
 
 fn from_environment(name: &str) -> Option<u64> {
