@@ -8,8 +8,9 @@ use std::{
 
 use nix::sys::signal::Signal;
 use profiler_tests::{
-    Background, agent, ask_within, eventually, free_port, http_get, kernel_is_usable, metric, stderr, stdout, workload,
-    workspace,
+    Background, agent, ask_within, eventually, free_port, http_get, kernel_is_usable, metric, stderr, stdout,
+    stopped::{Stopped, number},
+    workload, workspace,
 };
 
 /// How long the footprint is watched; `PROFILER_SOAK_SECONDS` makes it longer.
@@ -49,26 +50,19 @@ fn an_independent_receiver_gets_everything() {
     println!("{text}");
     assert!(agent.status.success(), "{text}");
     assert!(exports.is_some(), "exports: not within 15 s: {text}");
-    let stopped = text.find("stopped: ").expect("the books");
-    let last = &text[stopped..];
-    println!("{last}");
     receiver.signal(Signal::SIGTERM);
     let report = stdout(&receiver.finish());
     println!("{report}");
 
-    let number = |text: &str, before: &str| -> Option<u64> {
-        text.split(before).nth(1)?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
-    };
+    let stopped = Stopped::of(&text);
     assert!(report.contains("\"violations\": []"), "{report}");
     let received = number(&report, "\"samples\": ").expect("a number of samples");
-    assert_eq!(number(last, "seen "), Some(received), "{last}");
-    assert_eq!(number(last, "exported "), Some(received), "{last}");
-    assert_eq!((number(last, "lost in kernel "), number(last, "dropped ")), (Some(0), Some(0)), "{last}");
-    let seconds = |before: &str| -> Option<f64> { last.split(before).nth(1)?.split(' ').next()?.parse().ok() };
+    assert_eq!((stopped.seen, stopped.exported), (received, received), "{text}");
+    assert_eq!((stopped.lost, stopped.dropped), (0, 0), "{text}");
     let waited = number(&report, "\"off_cpu_ms\": ").expect("a time") as f64 / 1e3;
-    let exported = seconds("off the CPU: exported ").expect("a time");
+    let exported = stopped.waited.expect("a time").as_secs_f64();
     // The sleepers of a machine alone wait for longer than it runs.
-    assert!(waited > 10.0 && (waited - exported).abs() < 0.1, "{waited} s received: {last}");
+    assert!(waited > 10.0 && (waited - exported).abs() < 0.1, "{waited} s received: {text}");
     for expected in ["\"burner\"", "\"burn\"", "\"schedule\"", "\"native\"", "\"kernel\""] {
         assert!(report.contains(expected), "the report does not mention {expected}: {report}");
     }
@@ -93,12 +87,9 @@ fn a_silent_receiver_delays_shutdown_but_not_for_ever() {
     let last = stderr(&output).lines().last().unwrap_or_default().to_owned();
     println!("{last}");
     assert!(output.status.success() && stopped.elapsed() < Duration::from_secs(15), "{:?}", stopped.elapsed());
-    let number = |before: &str| -> u64 {
-        let rest = last.split(before).nth(1).expect("the books");
-        rest.split(|c: char| !c.is_ascii_digit()).next().and_then(|n| n.parse().ok()).expect("a number")
-    };
-    assert!(number("seen ") > 500, "{last}");
-    assert_eq!(number("seen "), number("exported ") + number("lost in kernel ") + number("dropped "), "{last}");
+    let books = Stopped::of(&last);
+    assert!(books.seen > 500, "{last}");
+    assert_eq!(books.seen, books.exported + books.lost + books.dropped, "{last}");
 }
 
 /// The daemon samples within a second of its start, stays small, and its status endpoint tells.

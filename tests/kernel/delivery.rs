@@ -14,7 +14,9 @@ use opentelemetry_proto::tonic::collector::profiles::v1development::ExportProfil
 use profiler_tests::{
     Background, agent, eventually, free_port, http_get, kernel_is_usable, metric,
     receiver::{Answer, Options, Receiver, Speaks},
-    run, scratch, stderr, stdout, workload,
+    run, scratch, stderr, stdout,
+    stopped::Stopped,
+    workload,
 };
 use prost::Message as _;
 
@@ -53,43 +55,6 @@ impl Daemon {
         let text = stderr(&self.process.finish());
         println!("{text}");
         text
-    }
-}
-
-/// How the books balance, by the agent's last lines.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Books {
-    seen: u64,
-    exported: u64,
-    lost: u64,
-    dropped: u64,
-    spool: u64,
-    recovered: u64,
-}
-
-impl Books {
-    /// Of the only destination.
-    fn of(text: &str) -> Self {
-        Self::of_destination(text, "").unwrap_or_else(|| panic!("no books: {text}"))
-    }
-
-    fn of_destination(text: &str, name: &str) -> Option<Self> {
-        let line = text.lines().find(|line| line.contains(&format!("stopped: {name}")))?;
-        let number = |before: &str| -> Option<u64> {
-            line.split(before).nth(1)?.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
-        };
-        Some(Self {
-            seen: number("seen ")?,
-            exported: number("exported ")?,
-            lost: number("lost in kernel ")?,
-            dropped: number("dropped ")?,
-            spool: number("left in the spool ").unwrap_or(0),
-            recovered: number("from earlier runs ").unwrap_or(0),
-        })
-    }
-
-    fn balance(self) -> bool {
-        self.seen + self.recovered == self.exported + self.lost + self.dropped + self.spool
     }
 }
 
@@ -177,7 +142,7 @@ fn an_outage_loses_nothing() {
             .metric("samples_exported_total{destination=\"central\"}")
             .filter(|&samples| samples >= waiting && samples > 0.0)
     });
-    let books = Books::of(&daemon.stop());
+    let books = Stopped::of(&daemon.stop());
     drop(load);
     let accepted = accepted(&receiver);
     let (samples, duplicates) = distinct_samples(&accepted);
@@ -189,7 +154,7 @@ fn an_outage_loses_nothing() {
         books,
         accepted.len(),
     );
-    assert!(books.balance() && (books.dropped, books.spool) == (0, 0), "{books:?}");
+    assert!(books.balances() && (books.dropped, books.spool) == (0, 0), "{books:?}");
     assert_eq!((samples, duplicates), (books.exported, 0));
     assert!(accepted.is_sorted_by_key(|profile| profile.start), "out of order");
     assert!(waiting > 99.0 * (outage.as_secs_f64() - 8.0), "{waiting} samples waited");
@@ -247,7 +212,7 @@ fn kills_lose_nothing_that_was_spooled() {
     let receiver = receiver.unwrap_or_else(|| listen(port));
     let daemon = Daemon::start(&folder, &spool(&folder, port));
     sleep(Duration::from_secs(2));
-    let books = Books::of(&daemon.stop());
+    let books = Stopped::of(&daemon.stop());
     drop(load);
     all.extend(accepted(&receiver));
     let (samples, duplicates) = distinct_samples(&all);
@@ -256,7 +221,7 @@ fn kills_lose_nothing_that_was_spooled() {
          twice; the last run: {books:?}",
         all.len() - duplicates
     );
-    assert!(books.balance() && (books.dropped, books.spool) == (0, 0), "{books:?}");
+    assert!(books.balances() && (books.dropped, books.spool) == (0, 0), "{books:?}");
     assert!(samples as f64 >= spooled + (books.seen - books.lost) as f64, "{samples} of {spooled}");
     assert!(spooled > 0.0);
 }
@@ -279,9 +244,9 @@ fn memory_alone_is_bounded_and_counted() {
         page.lines().any(failed).then_some(())
     });
     sleep(Duration::from_secs(3));
-    let books = Books::of(&daemon.stop());
+    let books = Stopped::of(&daemon.stop());
     drop(load);
-    assert!(books.balance() && books.exported == 0 && books.dropped > 0, "{books:?}");
+    assert!(books.balances() && books.exported == 0 && books.dropped > 0, "{books:?}");
 }
 
 /// One daemon, many receivers, each bad in its own way for a while: those whose failure passes get everything, what others
@@ -347,10 +312,10 @@ fn every_failure_has_its_consequence() {
         let text = daemon.stop();
         drop(load);
         for ((name, _, _, _, is_sent_again), receiver) in cases.iter().zip(&receivers) {
-            let books = Books::of_destination(&text, name).unwrap_or_else(|| panic!("no books of {name}: {text}"));
+            let books = Stopped::of_destination(&text, name);
             let (samples, duplicates) = distinct_samples(&accepted(receiver));
             println!("{name}: {books:?}, {samples} received, {duplicates} profiles twice");
-            assert!(books.balance() && books.spool == 0, "{name}: {books:?}");
+            assert!(books.balances() && books.spool == 0, "{name}: {books:?}");
             assert_eq!(samples, books.exported, "{name}");
             assert_eq!(books.dropped == 0, *is_sent_again, "{name}: {books:?}");
         }
@@ -372,11 +337,11 @@ fn files_hold_every_sample() {
             &format!("  window: 1s\n  files:\n    folder: {}\n    format: {format}\n", profiles.display()),
         );
         sleep(Duration::from_secs(4));
-        let books = Books::of(&daemon.stop());
+        let books = Stopped::of(&daemon.stop());
         drop(load);
         let files = files_in(&profiles);
         println!("{format}: {files:?}");
-        assert!(books.balance() && books.dropped == 0 && files.len() >= 3, "{books:?}");
+        assert!(books.balances() && books.dropped == 0 && files.len() >= 3, "{books:?}");
         if format == "pprof" {
             let total: u64 = files.iter().map(|file| samples_of_pprof(file)).sum();
             assert_eq!(total, books.exported);

@@ -14,7 +14,9 @@ use nix::sys::signal::Signal;
 use profiler_tests::{
     Background, agent, books, eventually, free_port, http_get, kernel_is_usable, record,
     recorded::{self, Sample},
-    run, scratch, stderr, stdout, workload, workspace,
+    run, scratch, stderr, stdout,
+    stopped::{Stopped, number},
+    workload, workspace,
 };
 
 /// How long the daemon runs against a Collector; `PROFILER_SOAK_SECONDS` makes it longer.
@@ -86,22 +88,6 @@ impl Collector {
     }
 }
 
-/// The number that follows these words, if they are there.
-fn number(text: &str, before: &str) -> Option<u64> {
-    let rest = text.split(before).nth(1)?;
-    rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
-}
-
-/// What the daemon said at its end.
-#[derive(Debug)]
-struct Stopped {
-    seen: u64,
-    exported: u64,
-    lost: u64,
-    dropped: u64,
-    waited: Duration,
-}
-
 /// Profiles the machine and two busy threads for so many seconds, while a daemon exports to these ports by these protocols.
 /// The result is what it said of each.
 fn export_to(test: &str, receivers: &[(u16, &str)], seconds: u64) -> Vec<Stopped> {
@@ -125,29 +111,9 @@ fn export_to(test: &str, receivers: &[(u16, &str)], seconds: u64) -> Vec<Stopped
     let text = stderr(&output);
     assert!(output.status.success(), "{text}");
     println!("{text}");
-    let is_one = receivers.len() == 1;
-    let name = |port: u16| if is_one { String::new() } else { format!("to-{port}: ") };
-    receivers.iter().map(|&(port, _)| Stopped::parse(&text, &name(port))).collect()
-}
-
-impl Stopped {
-    /// What was said of the destination whose name is written like this.
-    fn parse(text: &str, name: &str) -> Self {
-        let line = |before: &str| {
-            let before = format!("{before}: {name}");
-            text.lines().find(|line| line.contains(&before)).unwrap_or_else(|| panic!("no {before:?} in {text}"))
-        };
-        let stopped = line("stopped");
-        let of = |before| number(stopped, before).unwrap_or_else(|| panic!("no {before:?} in {stopped}"));
-        let off_cpu = line("off the CPU");
-        let waited = off_cpu.split("exported ").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
-        Self {
-            seen: of("seen "),
-            exported: of("exported "),
-            lost: of("lost in kernel "),
-            dropped: of("dropped "),
-            waited: Duration::from_secs_f64(waited.expect("time off the CPU")),
-        }
+    match receivers {
+        [_] => vec![Stopped::of(&text)],
+        several => several.iter().map(|(port, _)| Stopped::of_destination(&text, &format!("to-{port}"))).collect(),
     }
 }
 
@@ -172,7 +138,10 @@ fn a_collector_gets_every_sample() {
         assert_eq!(received.samples, stopped.seen - stopped.lost - stopped.dropped, "{stopped:?}");
         assert_eq!(received.samples, stopped.exported, "{stopped:?}");
         // Told to the millisecond.
-        assert!(received.waited.abs_diff(stopped.waited) < Duration::from_millis(1), "{received:?}: {stopped:?}");
+        assert!(
+            received.waited.abs_diff(stopped.waited.expect("time off the CPU")) < Duration::from_millis(1),
+            "{received:?}: {stopped:?}"
+        );
         let burnt: u64 = received.requests.iter().map(|request| ending_in(&recorded(request), "burn")).sum();
         println!("{} samples, {burnt} of them in burn(), in {} requests", received.samples, received.requests.len());
         assert!(burnt > 0, "nothing of the burner arrived");
@@ -228,9 +197,10 @@ fn pyroscope_answers_with_our_counts() {
         Some(of(all) / PERIOD).filter(|&samples| samples.abs_diff(sent) * 50 <= sent)
     });
     let waited = Duration::from_nanos(of(waits));
-    println!("{theirs} of {sent} samples, {waited:?} off the CPU of {:?} by the daemon", stopped.waited);
+    let said = stopped.waited.expect("time off the CPU");
+    println!("{theirs} of {sent} samples, {waited:?} off the CPU of {said:?} by the daemon");
     assert_eq!(stopped.seen, stopped.exported + stopped.lost + stopped.dropped, "{stopped:?}");
-    assert!(waited.as_secs_f64() > 0.98 * stopped.waited.as_secs_f64(), "{waited:?}: {stopped:?}");
+    assert!(waited.as_secs_f64() > 0.98 * said.as_secs_f64(), "{waited:?}: {stopped:?}");
 }
 
 /// Go's pprof reads recordings of every kind, and finds as much in them as we say is there.

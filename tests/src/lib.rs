@@ -16,6 +16,7 @@ use nix::{
 
 pub mod receiver;
 pub mod recorded;
+pub mod stopped;
 
 /// The workspace's folder.
 pub fn workspace() -> &'static Path {
@@ -146,11 +147,8 @@ pub struct Books {
 /// Reads the books from a recording's last line.
 pub fn books(record: &Output) -> Books {
     let text = stderr(record);
-    let number = |before: &str| {
-        let rest = text.split(before).nth(1)?;
-        rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
-    };
-    let parsed = || Some(Books { seen: number("seen ")?, exported: number("= exported ")?, lost: number("+ lost ")? });
+    let of = |before| stopped::number(&text, before);
+    let parsed = || Some(Books { seen: of("seen ")?, exported: of("= exported ")?, lost: of("+ lost ")? });
     parsed().unwrap_or_else(|| panic!("no books in {text:?}"))
 }
 

@@ -391,6 +391,9 @@ fn valid_name(name: String) -> anyhow::Result<String> {
              dot"
         );
     }
+    if name == "files" {
+        bail!("name: {name:?} is what the files of profiles are called in metrics and logs: choose another");
+    }
     Ok(name)
 }
 
@@ -632,6 +635,7 @@ window: 1m
             check_refused(&destination(text), no_flags(), expect);
             check_refused(&destination(text), no_flags(), "export.destinations, number 1");
         }
+        check_refused(&destination("name: files"), no_flags(), "choose another");
         check_refused("destinations: [{}]\n", no_flags(), "number 1: endpoint: it is missing");
         let same = "destinations: [{endpoint: 'http://c:1'}, {endpoint: 'https://c:1'}]\n";
         check_refused(same, no_flags(), "number 2: name: another destination is called \"c:1\"");

@@ -18,8 +18,6 @@ use crate::profile::Profile;
 
 /// What names begin with.
 const PREFIX: &str = "profile-";
-/// Most bytes of all files unless told otherwise.
-pub const DEFAULT_BYTES: u64 = 1 << 30;
 /// Profiles tell what a machine does: they are for the agent's user and group.
 const FOLDER_MODE: u32 = 0o750;
 const FILE_MODE: u32 = 0o640;
@@ -169,7 +167,7 @@ mod tests {
     use super::*;
     use crate::export::testing::{self, Scratch};
 
-    const WIDE: Limits = Limits { bytes: DEFAULT_BYTES, age: None };
+    const WIDE: Limits = Limits { bytes: 1 << 30, age: None };
 
     fn open(scratch: &Scratch, format: Format, limits: Limits, now: SystemTime) -> FileExporter {
         let folder = scratch.0.clone();

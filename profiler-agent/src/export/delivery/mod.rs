@@ -150,7 +150,8 @@ impl Delivering {
 
 /// A spool that cannot be used is no reason not to deliver.
 fn open_spool(options: &SpoolOptions, name: &str) -> Option<Spool> {
-    let folder = options.folder.join(folder_name(name));
+    // (Names have no slashes.)
+    let folder = options.folder.join(name);
     match Spool::open(&folder, options.limits, SystemTime::now()) {
         Ok(spool) => {
             if !spool.is_empty() {
@@ -163,11 +164,6 @@ fn open_spool(options: &SpoolOptions, name: &str) -> Option<Spool> {
             None
         }
     }
-}
-
-/// A destination's name as that of a folder.
-fn folder_name(name: &str) -> String {
-    name.chars().map(|c| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_') { c } else { '_' }).collect()
 }
 
 /// Runs a destination on a thread with an event loop of its own.
