@@ -1,16 +1,16 @@
 //! Names every stage, the queues between them with their bounds, and the order of shutdown.
 //!
 //! ```text
-//! collector thread                         namer thread                   caller
-//! kernel ─► drain ─► locate ──(batches)──► name ─► aggregate ──(profiles)──► export
-//!    ▲        notices ─► process table
+//! collector thread                         namer thread               labeller thread      caller
+//! kernel ─► drain ─► locate ──(batches)──► name ─► aggregate ──(windows)──► label ──(profiles)──► export
+//!    ▲        notices ─► process table, cgroups
 //! ```
 //!
-//! Both queues are bounded. When the namer falls behind, the collector stops draining and the kernel's
+//! All queues are bounded. When the namer falls behind, the collector stops draining and the kernel's
 //! buffers fill up: what does not fit is counted there. When exporters fall behind, whole profiles are
 //! dropped here, and counted.
 //!
-//! Shutdown runs along the flow: the clock stops, the last buffers are drained, named and aggregated, and
+//! Shutdown runs along the flow: the clock stops, the last buffers are drained, named, aggregated and labelled, and
 //! the queue of profiles is closed behind the last one.
 
 use std::{
@@ -36,8 +36,9 @@ use tracing::{debug, error, warn};
 use crate::{
     aggregate::Window,
     kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand},
+    label::{self, Labeller},
     process::{ProcessTable, Published},
-    profile::{Events, KernelChanges, LocatedSample, Profile, RawSample, Tally},
+    profile::{Events, KernelChanges, LocatedSample, Profile, RawSample, Tally, Unlabelled},
     status::Stats,
     symbolize::{FrameNamer, SourceOptions, debuginfod::Debuginfod},
     unwind_info::TableBuilder,
@@ -49,6 +50,8 @@ use crate::{
 pub const DRAIN_INTERVAL: Duration = Duration::from_secs(5);
 /// Batches that may wait for the namer.
 const BATCH_QUEUE: usize = 2;
+/// Windows that may wait for the labeller: it waits for metadata, and never longer than a window.
+const WINDOW_QUEUE: usize = 2;
 /// Profiles that may wait for the exporters.
 const PROFILE_QUEUE: usize = 4;
 
@@ -87,6 +90,8 @@ pub struct Options {
     pub source: SourceOptions,
     /// Most bytes of kernel memory for the rows of unwind tables.
     pub unwind_table_bytes: usize,
+    /// Whose samples they are.
+    pub labels: label::Options,
     /// Report when all of these processes have exited.
     pub watch: Option<Vec<u32>>,
 }
@@ -104,6 +109,7 @@ pub struct Pipeline {
     stop: Option<oneshot::Sender<()>>,
     collector: JoinHandle<Result<(), KernelError>>,
     namer: JoinHandle<()>,
+    labeller: JoinHandle<()>,
     /// Resolves when every watched process has exited.
     pub watched_exited: oneshot::Receiver<()>,
 }
@@ -116,6 +122,7 @@ impl Pipeline {
         stats: &Arc<Stats>,
     ) -> anyhow::Result<(Self, mpsc::Receiver<Profile>)> {
         let (batch_sender, batches) = sync_channel(BATCH_QUEUE);
+        let (window_sender, windows) = sync_channel(WINDOW_QUEUE);
         let (profile_sender, profiles) = mpsc::channel(PROFILE_QUEUE);
         let (stop, stopped) = oneshot::channel();
         let (report_exit, watched_exited) = oneshot::channel();
@@ -123,8 +130,15 @@ impl Pipeline {
             let (options, stats) = (options.clone(), Arc::clone(stats));
             thread::Builder::new()
                 .name("namer".to_owned())
-                .spawn(move || name_batches(&batches, &profile_sender, &options, &stats))
+                .spawn(move || name_batches(&batches, &window_sender, &options, &stats))
                 .context("the namer thread could not be started")?
+        };
+        let labeller = {
+            let (labels, stats) = (options.labels.clone(), Arc::clone(stats));
+            thread::Builder::new()
+                .name("labeller".to_owned())
+                .spawn(move || label_windows(&windows, &profile_sender, labels, &stats))
+                .context("the labeller thread could not be started")?
         };
         if let Some(error) = kernel.waits_refused() {
             warn!("off-CPU time is not recorded: {error}");
@@ -158,7 +172,7 @@ impl Pipeline {
                 })
                 .context("the collector thread could not be started")?
         };
-        Ok((Self { stop: Some(stop), collector, namer, watched_exited }, profiles))
+        Ok((Self { stop: Some(stop), collector, namer, labeller, watched_exited }, profiles))
     }
 
     /// Asks the pipeline to stop the clock and flush; profiles still to come follow on the queue.
@@ -174,6 +188,7 @@ impl Pipeline {
         drop(self.stop);
         let outcome = self.collector.join().map_err(|_| anyhow::anyhow!("the collector thread panicked"))?;
         self.namer.join().map_err(|_| anyhow::anyhow!("the namer thread panicked"))?;
+        self.labeller.join().map_err(|_| anyhow::anyhow!("the labeller thread panicked"))?;
         Ok(outcome?)
     }
 }
@@ -348,11 +363,11 @@ impl Collector {
             Ok(sample) if sample.kind.is_off_cpu() => {
                 let Some(waits) = waits else { return };
                 let (key, count, waited, is_reference) = (sample.key, sample.count, sample.waited, sample.is_reference);
-                waits.add(key, count, waited, is_reference, table.locate(sample));
+                waits.add(key, count, waited, is_reference, table.locate(sample, None));
             }
             Ok(sample) => {
                 stats.samples_drained.add(sample.count);
-                samples.push(table.locate(sample));
+                samples.push(table.locate(sample, None));
             }
             Err(error) => {
                 stats.dropped_malformed.add(Tally { samples: RawSample::count_of(row), off_cpu_ns: 0 });
@@ -442,10 +457,25 @@ async fn flush_log(log: &mut Option<AsyncFd<DebugLog>>) {
 }
 
 /// The second stage: names frames and fills windows until the collector is done.
-fn name_batches(batches: &Receiver<Batch>, profiles: &mpsc::Sender<Profile>, options: &Options, stats: &Stats) {
+fn name_batches(
+    batches: &Receiver<Batch>,
+    windows: &SyncSender<Profile<Unlabelled>>,
+    options: &Options,
+    stats: &Stats,
+) {
     let mut namer = FrameNamer::new(options.names_bytes, options.debuginfod.clone(), options.source);
     let mut window = Window::open(options.events, options.period);
     let patience = if options.window.is_some() { NAMING_PATIENCE } else { LAST_PATIENCE };
+    let close = |window: &mut Window, namer: &mut FrameNamer| {
+        let mut profile = window.close();
+        namer.settle(&mut profile, patience);
+        stats.set_symbolize(namer.stats());
+        stats.windows_closed.add(1);
+        // Where the labeller is behind, so are the exporters: it never waits for longer than a window.
+        if let Err(TrySendError::Full(profile) | TrySendError::Disconnected(profile)) = windows.try_send(profile) {
+            count_dropped(&profile, stats);
+        }
+    };
     for batch in batches {
         namer.announce(&batch.kernel_code);
         let frames = namer.name(&batch.samples, NAMING_PATIENCE);
@@ -454,31 +484,35 @@ fn name_batches(batches: &Receiver<Batch>, profiles: &mpsc::Sender<Profile>, opt
         }
         stats.set_symbolize(namer.stats());
         if batch.closes_window || window.is_full() {
-            close_window(&mut window, &mut namer, patience, profiles, stats);
+            close(&mut window, &mut namer);
         }
     }
     if !window.is_empty() {
-        close_window(&mut window, &mut namer, patience, profiles, stats);
+        close(&mut window, &mut namer);
     }
     debug!("{}", namer.stats());
 }
 
-/// Hands the window's profile to the exporters, or counts it where they are behind.
-fn close_window(
-    window: &mut Window,
-    namer: &mut FrameNamer,
-    patience: Duration,
+/// The third stage: says whose samples are, and hands profiles to the exporters.
+fn label_windows(
+    windows: &Receiver<Profile<Unlabelled>>,
     profiles: &mpsc::Sender<Profile>,
+    labels: label::Options,
     stats: &Stats,
 ) {
-    let mut profile = window.close();
-    namer.settle(&mut profile, patience);
-    stats.set_symbolize(namer.stats());
-    stats.windows_closed.add(1);
-    stats.rows_exported.add(profile.samples.len() as u64);
-    let total = profile.total();
-    if profiles.try_send(profile).is_err() {
-        stats.dropped_queue_full.add(total);
-        warn!("exporters are behind: a window of {total} was dropped");
+    let mut labeller = Labeller::new(labels);
+    for window in windows {
+        let profile = labeller.label(window);
+        stats.rows_exported.add(profile.samples.len() as u64);
+        if let Err(refused) = profiles.try_send(profile) {
+            count_dropped(&refused.into_inner(), stats);
+        }
     }
+}
+
+/// Counts a window for which the next stage has no room.
+fn count_dropped<R>(profile: &Profile<R>, stats: &Stats) {
+    let total = profile.total();
+    stats.dropped_queue_full.add(total);
+    warn!("exporters are behind: a window of {total} was dropped");
 }

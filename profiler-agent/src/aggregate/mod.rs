@@ -9,7 +9,7 @@ use std::{
 
 use profiler_common::abi::sample::{EventKind, StackEnd};
 
-use crate::profile::{Events, Frame, LocatedSample, ProcessInfo, Profile, Sample};
+use crate::profile::{Events, Frame, LocatedSample, ProcessInfo, Profile, Sample, Unlabelled};
 
 /// Bytes of rows, estimated, after which a window is closed early, so that its memory stays bounded.
 const MAX_BYTES: usize = 24 << 20;
@@ -75,14 +75,15 @@ impl Window {
     }
 
     /// Closes the window and opens the next one.
-    pub fn close(&mut self) -> Profile {
+    pub fn close(&mut self) -> Profile<Unlabelled> {
         let start = std::mem::replace(&mut self.start, SystemTime::now());
         // (The wall clock may be set while the window is open.)
         let opened = std::mem::replace(&mut self.opened, Instant::now());
         self.bytes = 0;
-        let mut samples: Vec<Sample> = std::mem::take(&mut self.rows)
+        let mut samples: Vec<Sample<Unlabelled>> = std::mem::take(&mut self.rows)
             .into_iter()
             .map(|(key, (count, time_ns))| Sample {
+                resource: Unlabelled,
                 process: key.process,
                 thread_name: key.thread_name,
                 kind: key.kind,
@@ -93,7 +94,7 @@ impl Window {
             })
             .collect();
         // The heaviest first; what weighs the same in a stable order.
-        let weight = |sample: &Sample| (sample.kind, Reverse((sample.time_ns, sample.count)));
+        let weight = |sample: &Sample<Unlabelled>| (sample.kind, Reverse((sample.time_ns, sample.count)));
         samples.sort_by(|a, b| weight(a).cmp(&weight(b)).then_with(|| a.process.key.cmp(&b.process.key)));
         Profile {
             events: self.events,

@@ -20,6 +20,7 @@ use crate::{
     config::{DEFAULT_FREQUENCY, DEFAULT_WAITS, dwarf_bytes, valid_frequency},
     export::Format,
     kernel::{self, BufferRows, Kernel, WaitOptions, privileges},
+    label,
     pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
     process::children_of,
     profile::{Events, Profile},
@@ -221,6 +222,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
         debuginfod: recording.debuginfod.take(),
         source: recording.source,
         unwind_table_bytes: DEFAULT_TABLE_BYTES,
+        labels: label::Options::default(),
         watch: (!watch.is_empty()).then_some(watch),
     };
     let (mut pipeline, mut profiles) = Pipeline::start(kernel, options, &stats)?;

@@ -17,6 +17,7 @@ use crate::{
         files, otlp,
     },
     kernel::{self, BufferRows, Clock, Kernel, privileges},
+    label,
     pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
     profile::Events,
     status::{self, Stats},
@@ -194,6 +195,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         debuginfod: debuginfod.map(Arc::new),
         source: config.source,
         unwind_table_bytes: config.table_bytes,
+        labels: label::Options::default(),
         watch: None,
     };
     let (mut pipeline, profiles) = Pipeline::start(kernel, options, &stats)?;

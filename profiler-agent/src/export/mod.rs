@@ -116,7 +116,7 @@ pub(crate) mod testing {
 
     use crate::profile::{
         Events, Executable, ExecutableId, FileIdentity, FileOffset, Frame, FrameName, FrameType, InlinedFunction,
-        Nameless, ProcessInfo, Profile, Sample, Segment, SourceLine, VirtualAddress,
+        Nameless, ProcessInfo, Profile, Resource, ResourceValue, Sample, Segment, SourceLine, VirtualAddress,
     };
 
     /// Where a folder of a test's own can be made; removed with it.
@@ -170,8 +170,13 @@ pub(crate) mod testing {
         let process = Arc::new(ProcessInfo {
             key: ProcessKey { start_time_ns: 1, tgid: 42, exec_id: 0 },
             name: "burner".to_owned(),
+            cgroup: None,
         });
+        let attribute = |name: &str, value: &str| (name.to_owned(), ResourceValue::from(value));
+        let resource =
+            Arc::new(Resource::new([attribute("service.name", "burner"), attribute("host.name", "machine")]));
         let sample = |thread: &str, end, frames, count| Sample {
+            resource: Arc::clone(&resource),
             process: Arc::clone(&process),
             thread_name: thread.into(),
             kind: EventKind::OnCpu,

@@ -3,15 +3,14 @@
 //! The message types are written down here from
 //! <https://github.com/google/pprof/blob/main/proto/profile.proto>.
 
-use std::{collections::HashMap, io::Write as _, time::UNIX_EPOCH};
+use std::{collections::HashMap, io::Write as _, slice, time::UNIX_EPOCH};
 
 use anyhow::Context as _;
 use flate2::{Compression, write::GzEncoder};
 use prost::Message;
 
 use super::{incomplete_marker, legible, wait_marker};
-use crate::label;
-use crate::profile::{Events, ExecutableId, Frame, FrameName, FrameType, Profile, SourceLine, hex};
+use crate::profile::{Events, ExecutableId, Frame, FrameName, FrameType, Profile, ResourceValue, SourceLine, hex};
 
 #[derive(Clone, PartialEq, Eq, Message)]
 struct ValueType {
@@ -158,8 +157,14 @@ fn build(profile: &Profile) -> PprofProfile {
                 Label { key: tables.string("thread_name"), str: tables.string(&sample.thread_name), num: 0 },
                 Label { key: tables.string("process_name"), str: tables.string(&sample.process.name), num: 0 },
             ];
-            for (key, value) in label::attributes(label::service_name(&sample.process)) {
-                labels.push(Label { key: tables.string(key), str: tables.string(value), num: 0 });
+            for (key, value) in sample.resource.attributes() {
+                // (A label that is there several times has several values.)
+                let values = match value {
+                    ResourceValue::Text(one) => slice::from_ref(one),
+                    ResourceValue::List(several) => several,
+                };
+                let key = tables.string(key);
+                labels.extend(values.iter().map(|value| Label { key, str: tables.string(value), num: 0 }));
             }
             if let Some(marker) = incomplete_marker(sample) {
                 location_id.push(tables.marker(&marker));

@@ -22,7 +22,7 @@ use super::{
     runtime_code::{FollowedCode, RuntimeFiles, is_jitdump, is_memory},
     stack::{leaf_first, trim},
 };
-use crate::profile::{Executable, LocatedSample, Location, ProcessInfo, RawSample, RuntimeCode};
+use crate::profile::{Cgroup, Executable, LocatedSample, Location, ProcessInfo, RawSample, RuntimeCode};
 
 /// Most program images remembered. A machine with more runs on with fewer frames located.
 const MAX_PROCESSES: usize = 32 << 10;
@@ -233,7 +233,7 @@ impl ProcessTable {
     }
 
     /// Turns a sample's addresses into places in files.
-    pub fn locate(&mut self, sample: RawSample) -> LocatedSample {
+    pub fn locate(&mut self, sample: RawSample, cgroup: Option<Arc<Cgroup>>) -> LocatedSample {
         let key = sample.process;
         if self.newest.get(&key.tgid).is_none_or(|newest| newest.start_time_ns <= key.start_time_ns) {
             self.see(key);
@@ -254,7 +254,7 @@ impl ProcessTable {
             leaf_first(&sample.kernel).map(|address| Location::Kernel(address.lookup())).collect();
         locations.append(&mut user);
         LocatedSample {
-            process: self.info(key, &sample.process_name),
+            process: self.info(key, &sample.process_name, cgroup),
             thread_name: sample.thread_name.into(),
             kind: sample.kind,
             end,
@@ -283,7 +283,7 @@ impl ProcessTable {
         let process = process.map_or_else(
             || {
                 let key = ProcessKey { tgid, ..ProcessKey::default() };
-                Arc::new(ProcessInfo { key, name: String::new() })
+                Arc::new(ProcessInfo { key, name: String::new(), cgroup: None })
             },
             |process| Arc::clone(&process.info),
         );
@@ -361,7 +361,7 @@ impl ProcessTable {
         // A late sample of an image that has been replaced since does not bring it back for good.
         let ended = is_replaced.then_some(self.generation);
         self.processes.entry(key).or_insert_with(|| Process {
-            info: Arc::new(ProcessInfo { key, name: String::new() }),
+            info: Arc::new(ProcessInfo { key, name: String::new(), cgroup: None }),
             mappings: Arc::default(),
             code: FollowedCode::new(RuntimeCode::new(key)),
             executable: None,
@@ -481,17 +481,17 @@ impl ProcessTable {
 
     /// Name and identity of a process. The kernel cuts command names to 15 bytes: where one is the beginning
     /// of the executable's name, the whole name is shown.
-    fn info(&mut self, key: ProcessKey, comm: &str) -> Arc<ProcessInfo> {
+    fn info(&mut self, key: ProcessKey, comm: &str, cgroup: Option<Arc<Cgroup>>) -> Arc<ProcessInfo> {
         let Some(process) = self.processes.get_mut(&key) else {
             self.stats.samples_unknown_process += 1;
-            return Arc::new(ProcessInfo { key, name: comm.to_owned() });
+            return Arc::new(ProcessInfo { key, name: comm.to_owned(), cgroup });
         };
         let name = match &process.executable {
             Some(executable) if comm.len() == COMM_LEN - 1 && executable.starts_with(comm) => executable,
             _ => comm,
         };
-        if process.info.name != name {
-            process.info = Arc::new(ProcessInfo { key, name: name.to_owned() });
+        if process.info.name != name || process.info.cgroup != cgroup {
+            process.info = Arc::new(ProcessInfo { key, name: name.to_owned(), cgroup });
         }
         Arc::clone(&process.info)
     }

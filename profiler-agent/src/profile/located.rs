@@ -7,7 +7,7 @@ use profiler_common::abi::{
     sample::{EventKind, StackEnd},
 };
 
-use super::{Executable, FileOffset, RuntimeCode, Tally};
+use super::{Cgroup, Executable, FileOffset, RuntimeCode, Tally};
 
 /// Where a frame's code is.
 #[derive(Clone, Debug)]
@@ -39,6 +39,8 @@ pub struct ProcessInfo {
     pub key: ProcessKey,
     /// Its name.
     pub name: String,
+    /// The cgroup that its sampled thread was in; `None`: not known.
+    pub cgroup: Option<Arc<Cgroup>>,
 }
 
 /// A sample with its frames located.
@@ -64,7 +66,7 @@ impl LocatedSample {
     /// Places that no process was sampled at, to be named.
     pub fn of_locations(locations: Vec<Location>) -> Self {
         Self {
-            process: Arc::new(ProcessInfo { key: ProcessKey::default(), name: String::new() }),
+            process: Arc::new(ProcessInfo { key: ProcessKey::default(), name: String::new(), cgroup: None }),
             thread_name: "".into(),
             kind: EventKind::OnCpu,
             end: StackEnd::Root,

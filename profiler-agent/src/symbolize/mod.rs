@@ -38,7 +38,7 @@ pub use self::{
 };
 use crate::profile::{
     Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, KernelChanges, KernelCode, LocatedSample,
-    Location, Nameless, Profile, RuntimeCode,
+    Location, Nameless, Profile, RuntimeCode, Unlabelled,
 };
 
 /// What was asked and found, for metrics.
@@ -163,7 +163,7 @@ impl FrameNamer {
 
     /// Names the frames of a profile that were pending when they were asked for. Waits for their files, but not for
     /// longer than `patience`.
-    pub fn settle(&mut self, profile: &mut Profile, patience: Duration) {
+    pub fn settle(&mut self, profile: &mut Profile<Unlabelled>, patience: Duration) {
         self.forget_stale();
         let place_of = |frame: &Frame| {
             let is_pending = frame.name == FrameName::Unnamed(Nameless::Pending);
@@ -480,7 +480,7 @@ pub(crate) mod tests {
         let executable = own(0, &[1]);
         let address = elf::functions(&executable.file().expect("own executable")).pop_first().expect("a function");
         let offset = executable.file_offset(address).expect("code");
-        let process = Arc::new(ProcessInfo { key: ProcessKey::default(), name: String::new() });
+        let process = Arc::new(ProcessInfo { key: ProcessKey::default(), name: String::new(), cgroup: None });
         let sample = LocatedSample {
             process: Arc::clone(&process),
             thread_name: "".into(),
@@ -495,7 +495,8 @@ pub(crate) mod tests {
         assert_eq!(frames[0].name, FrameName::Unnamed(Nameless::Pending));
         assert_eq!(namer.stats().frames_unnamed, 1, "what is pending is not lost yet");
         let (kind, end) = (EventKind::OnCpu, StackEnd::Root);
-        let row = Sample { process, thread_name: "".into(), kind, end, frames, count: 1, time_ns: 0 };
+        let row =
+            Sample { resource: Unlabelled, process, thread_name: "".into(), kind, end, frames, count: 1, time_ns: 0 };
         let mut profile = Profile {
             events: Events::OnCpu,
             start: SystemTime::UNIX_EPOCH,

@@ -303,7 +303,7 @@ mod tests {
     fn sample(frames: usize, end: StackEnd) -> LocatedSample {
         let key = ProcessKey { start_time_ns: 1, tgid: 7, exec_id: 0 };
         LocatedSample {
-            process: Arc::new(ProcessInfo { key, name: "p".to_owned() }),
+            process: Arc::new(ProcessInfo { key, name: "p".to_owned(), cgroup: None }),
             thread_name: "t".into(),
             kind: EventKind::Blocked,
             end,

@@ -4,11 +4,11 @@ use std::{collections::BTreeMap, time::UNIX_EPOCH};
 
 use opentelemetry_proto::tonic::{
     collector::profiles::v1development::ExportProfilesServiceRequest,
-    common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value::Value},
+    common::v1::{AnyValue, ArrayValue, InstrumentationScope, KeyValue, any_value::Value},
     profiles::v1development::{
         Profile as WireProfile, ResourceProfiles, Sample as WireSample, ScopeProfiles, ValueType,
     },
-    resource::v1::Resource,
+    resource::v1::Resource as WireResource,
 };
 use prost::Message as _;
 
@@ -18,8 +18,7 @@ use super::{
 };
 use crate::{
     export::{incomplete_marker, legible, pprof, wait_marker},
-    label,
-    profile::{Events, Profile, Sample},
+    profile::{Events, Profile, Resource, ResourceValue, Sample},
 };
 
 /// Samples per request at most: Pyroscope takes no more in a profile.
@@ -53,10 +52,10 @@ pub fn requests(profile: &Profile, options: &Options) -> Encoded {
     encoded
 }
 
-/// A profile's samples, those of a service side by side: what they share is in one request.
+/// A profile's samples, those of a resource side by side: what they share is in one request.
 pub(super) fn in_order(profile: &Profile) -> Vec<&Sample> {
     let mut samples: Vec<&Sample> = profile.samples.iter().collect();
-    samples.sort_by_key(|sample| label::service_name(&sample.process));
+    samples.sort_by(|a, b| a.resource.cmp(&b.resource));
     samples
 }
 
@@ -80,17 +79,17 @@ fn encode_within_limit(profile: &Profile, samples: &[&Sample], options: &Options
     }
 }
 
-/// Encodes some of a profile's samples as one request: a resource per service.
+/// Encodes some of a profile's samples as one request.
 pub(super) fn request(profile: &Profile, samples: &[&Sample], options: &Options) -> ExportProfilesServiceRequest {
-    let mut by_service: BTreeMap<&str, Vec<&Sample>> = BTreeMap::new();
+    let mut by_resource: BTreeMap<&Resource, Vec<&Sample>> = BTreeMap::new();
     for sample in samples {
-        by_service.entry(label::service_name(&sample.process)).or_default().push(sample);
+        by_resource.entry(&sample.resource).or_default().push(sample);
     }
     let mut dictionary = Dictionary::new();
-    let resource_profiles = by_service
+    let resource_profiles = by_resource
         .into_iter()
-        .map(|(service, samples)| ResourceProfiles {
-            resource: Some(resource(service)),
+        .map(|(resource, samples)| ResourceProfiles {
+            resource: Some(wire_resource(resource)),
             scope_profiles: vec![ScopeProfiles {
                 scope: Some(InstrumentationScope {
                     name: env!("CARGO_PKG_NAME").to_owned(),
@@ -106,14 +105,21 @@ pub(super) fn request(profile: &Profile, samples: &[&Sample], options: &Options)
     ExportProfilesServiceRequest { resource_profiles, dictionary: Some(dictionary.into_tables()) }
 }
 
-/// The resource that stands for a service on this host.
-fn resource(service: &str) -> Resource {
-    let attribute = |(key, value): (&str, &str)| KeyValue {
-        key: key.to_owned(),
-        value: Some(AnyValue { value: Some(Value::StringValue(legible(value))) }),
+/// A resource with its attributes spelled out: not every receiver looks them up in the dictionary.
+fn wire_resource(resource: &Resource) -> WireResource {
+    let text = |text: &str| AnyValue { value: Some(Value::StringValue(legible(text))) };
+    let attributes = resource.attributes().map(|(name, value)| KeyValue {
+        key: legible(name),
+        value: Some(match value {
+            ResourceValue::Text(one) => text(one),
+            ResourceValue::List(several) => {
+                let values = several.iter().map(|one| text(one)).collect();
+                AnyValue { value: Some(Value::ArrayValue(ArrayValue { values })) }
+            }
+        }),
         ..KeyValue::default()
-    };
-    Resource { attributes: label::attributes(service).map(attribute).into(), ..Resource::default() }
+    });
+    WireResource { attributes: attributes.collect(), ..WireResource::default() }
 }
 
 /// A profile of CPU time and one of waits, where there are samples of either.

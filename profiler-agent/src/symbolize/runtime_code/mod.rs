@@ -245,7 +245,7 @@ mod tests {
     /// A sample of each code.
     fn samples(codes: &[&Arc<RuntimeCode>]) -> Vec<LocatedSample> {
         let sample = |code: &Arc<RuntimeCode>| LocatedSample {
-            process: Arc::new(ProcessInfo { key: ProcessKey::default(), name: String::new() }),
+            process: Arc::new(ProcessInfo { key: ProcessKey::default(), name: String::new(), cgroup: None }),
             thread_name: "".into(),
             kind: EventKind::OnCpu,
             end: StackEnd::Root,
