@@ -14,6 +14,7 @@ use profiler_common::{
 
 use crate::{
     aggregate::mix,
+    cgroup,
     layout::loaded,
     lifecycle,
     memory::kernel,
@@ -33,6 +34,7 @@ pub fn identify(header: &mut SampleHeader, task: u64, tgid: u32, kind: u8) {
     header.blocked_ns = 0;
     header.queued_ns = 0;
     header.waits = 0;
+    header.cgroup = cgroup::of(task);
     header.process = lifecycle::process_key(task, leader, tgid);
     header.thread_comm = kernel::<Comm>(task, loaded!(LAYOUT.task_comm));
     header.process_comm =
@@ -53,7 +55,7 @@ pub fn hash_identity(header: &SampleHeader) -> u64 {
     let hash = mix(header.process.start_time_ns, process);
     let hash = mix(hash, u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
     let hash = mix(hash, u64::from_ne_bytes([i, j, k, l, m, n, o, p]));
-    mix(hash, u64::from(header.kind))
+    mix(mix(hash, header.cgroup), u64::from(header.kind))
 }
 
 /// Completes a sample whose frames are all recorded.

@@ -1,9 +1,6 @@
 //! Tells the agent about processes: fork, exec, exit, newly sampled places, and unwind tables that are missed.
 
-use aya_ebpf::{
-    helpers::{bpf_get_current_pid_tgid, generated},
-    programs::BtfTracePointContext,
-};
+use aya_ebpf::{helpers::generated, programs::BtfTracePointContext};
 use aya_log_ebpf::debug;
 use profiler_common::abi::{
     counter::Counter,
@@ -63,9 +60,10 @@ pub fn want_table(process: &ProcessKey, executable: u32) -> bool {
 #[inline(always)]
 pub fn fork(ctx: &BtfTracePointContext) {
     let child: u64 = ctx.arg(1);
-    let parent_tgid = current_tgid();
-    let child_tgid: u32 = kernel(child, loaded!(LAYOUT.task_tgid));
-    if child_tgid == parent_tgid {
+    let task = current_task();
+    let parent_tgid = scope::tgid(task);
+    let child_tgid = scope::tgid(child);
+    if child_tgid == parent_tgid || child_tgid == 0 {
         return;
     }
     if scope::is_limited() {
@@ -79,7 +77,7 @@ pub fn fork(ctx: &BtfTracePointContext) {
         }
     }
     debug!(ctx, "fork: {} -> {}", parent_tgid, child_tgid);
-    let parent = current_process();
+    let parent = current_process(task, parent_tgid);
     let child = process_key(child, kernel(child, loaded!(LAYOUT.task_group_leader)), child_tgid);
     let is_announced = send(ForkNotice {
         header: NoticeHeader { kind: NoticeKind::Fork as u32, reserved: 0, process: parent },
@@ -97,10 +95,12 @@ pub fn fork(ctx: &BtfTracePointContext) {
 /// `sched_process_exec(task, old_pid, bprm)`: the new image is mapped and named.
 #[inline(always)]
 pub fn exec(ctx: &BtfTracePointContext) {
-    if !scope::includes(current_tgid()) {
+    let task = current_task();
+    let tgid = scope::tgid(task);
+    if !scope::includes(tgid) {
         return;
     }
-    let process = current_process();
+    let process = current_process(task, tgid);
     debug!(ctx, "exec: {}", process.tgid);
     send(NoticeHeader { kind: NoticeKind::Exec as u32, reserved: 0, process });
 }
@@ -108,14 +108,17 @@ pub fn exec(ctx: &BtfTracePointContext) {
 /// `sched_process_exit(task)`: called for every thread; the end of the last one ends the process.
 #[inline(always)]
 pub fn exit(ctx: &BtfTracePointContext) {
-    // SAFETY: the helper only returns the current task's address.
-    let task = unsafe { generated::bpf_get_current_task() };
+    let task = current_task();
     let signal: u64 = kernel(task, loaded!(LAYOUT.task_signal));
     let live_threads: u32 = kernel(signal, loaded!(LAYOUT.signal_live));
-    if live_threads != 0 || !scope::includes(current_tgid()) {
+    if live_threads != 0 {
         return;
     }
-    let process = current_process();
+    let tgid = scope::tgid(task);
+    if !scope::includes(tgid) {
+        return;
+    }
+    let process = current_process(task, tgid);
     // A target stays one: tearing down its memory is still to come, and is its CPU time too. The agent removes
     // it when it forgets the process.
     debug!(ctx, "exit: {}", process.tgid);
@@ -123,15 +126,14 @@ pub fn exit(ctx: &BtfTracePointContext) {
 }
 
 #[inline(always)]
-fn current_tgid() -> u32 {
-    (bpf_get_current_pid_tgid() >> 32) as u32
+fn current_task() -> u64 {
+    // SAFETY: the helper only returns the current task's address.
+    unsafe { generated::bpf_get_current_task() }
 }
 
 #[inline(always)]
-fn current_process() -> ProcessKey {
-    // SAFETY: the helper only returns the current task's address.
-    let task = unsafe { generated::bpf_get_current_task() };
-    process_key(task, kernel(task, loaded!(LAYOUT.task_group_leader)), current_tgid())
+fn current_process(task: u64, tgid: u32) -> ProcessKey {
+    process_key(task, kernel(task, loaded!(LAYOUT.task_group_leader)), tgid)
 }
 
 /// Sends one record; the agent is woken unless it is still busy with earlier ones. False: there was no room.

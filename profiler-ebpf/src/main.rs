@@ -8,6 +8,7 @@
 
 mod aggregate;
 mod capture;
+mod cgroup;
 mod layout;
 mod lifecycle;
 mod maps;
@@ -86,6 +87,18 @@ pub fn process_exec(ctx: BtfTracePointContext) -> i32 {
 #[btf_tracepoint(function = "sched_process_exit")]
 pub fn process_exit(ctx: BtfTracePointContext) -> i32 {
     lifecycle::exit(&ctx);
+    0
+}
+
+#[btf_tracepoint(function = "cgroup_mkdir")]
+pub fn cgroup_made(ctx: BtfTracePointContext) -> i32 {
+    cgroup::made(&ctx);
+    0
+}
+
+#[btf_tracepoint(function = "cgroup_rmdir")]
+pub fn cgroup_removed(ctx: BtfTracePointContext) -> i32 {
+    cgroup::removed(&ctx);
     0
 }
 

@@ -26,7 +26,7 @@ use profiler_common::{
     unwind::rule::Rule,
 };
 
-use crate::unwind::Scratch;
+use crate::{cgroup, unwind::Scratch};
 
 /// The shape of maps that the agent makes and puts into a map of maps.
 ///
@@ -91,6 +91,14 @@ pub static OVERFLOW: RingBuf<[u8; 0], { 512 * 1024 }> = RingBuf::new();
 /// Process notices, in order.
 #[btf_map]
 pub static NOTICES: RingBuf<[u8; 0], { 1024 * 1024 }> = RingBuf::new();
+
+/// Notices about cgroups.
+#[btf_map]
+pub static CGROUPS: RingBuf<[u8; 0], { 128 * 1024 }> = RingBuf::new();
+
+/// Where they are put together.
+#[btf_map]
+pub static CGROUP_NOTICE: PerCpuArray<cgroup::Scratch, 1> = PerCpuArray::new();
 
 /// Per-CPU counters, indexed by `Counter`.
 #[btf_map]

@@ -27,7 +27,9 @@ pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&PerfEventContext, &mut Scra
         count(Counter::Idle);
         return;
     }
-    let tgid = (pid_tgid >> 32) as u32;
+    // SAFETY: the helper only returns the current task's address.
+    let task = unsafe { bpf_get_current_task() };
+    let tgid = scope::tgid(task);
     if !scope::includes(tgid) {
         count(Counter::OutOfScope);
         return;
@@ -39,8 +41,6 @@ pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&PerfEventContext, &mut Scra
     };
     // SAFETY: this CPU's scratch is used by one sampling program at a time; the map value is initialized.
     let scratch = unsafe { &mut *scratch };
-    // SAFETY: the helper only returns the current task's address.
-    let task = unsafe { bpf_get_current_task() };
 
     capture::identify(&mut scratch.sample.header, task, tgid, EventKind::OnCpu as u8);
     scratch.sample.header.count = 1;

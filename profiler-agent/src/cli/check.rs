@@ -76,6 +76,7 @@ fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
         waits: DEFAULT_WAITS,
         targets_only: true,
         rows: BufferRows::for_rate(1, 1, 1),
+        cgroups: kernel::CgroupHierarchy::of_machine(),
         debug_log: false,
         walk_in_parts: false,
         watch_wakeups: false,

@@ -296,6 +296,7 @@ fn start_sampling(recording: &Recording, logging: Logging) -> anyhow::Result<(Ke
             rows_per_second(recording.events, recording.frequency),
             DRAIN_INTERVAL.as_secs(),
         ),
+        cgroups: kernel::CgroupHierarchy::of_machine(),
         debug_log: logging.kernel_debug,
         walk_in_parts: recording.walk_in_parts,
         watch_wakeups: recording.watch_wakeups,

@@ -167,6 +167,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         frequency: config.frequency,
         targets_only: false,
         rows: BufferRows::for_rate(cpus, rows_per_second(config.events, config.frequency), DRAIN_INTERVAL.as_secs()),
+        cgroups: kernel::CgroupHierarchy::of_machine(),
         debug_log: logging.kernel_debug,
         walk_in_parts: false,
         watch_wakeups: false,

@@ -24,6 +24,8 @@ const KIND_VAR: u32 = 14;
 const KIND_DATASEC: u32 = 15;
 const KIND_DECL_TAG: u32 = 17;
 const KIND_ENUM64: u32 = 19;
+/// The one enumeration whose numbers are asked for.
+const CONTROLLERS: &str = "cgroup_subsys_id";
 /// Most members looked at to find one. The largest struct of a kernel has some hundreds.
 const MAX_MEMBERS_SEARCHED: u32 = 1 << 16;
 
@@ -67,6 +69,8 @@ pub struct KernelTypes {
     members: HashMap<u32, Vec<Member>>,
     /// Parameters of each function that was asked for.
     functions: HashMap<String, usize>,
+    /// Numbers of the controllers of cgroups, by the names that the kernel gives them.
+    enumerators: HashMap<String, u32>,
 }
 
 impl KernelTypes {
@@ -91,7 +95,13 @@ impl KernelTypes {
         let strings = bytes.get(strings_start..strings_end)?.to_vec();
         bytes.get(types_start..types_end)?;
 
-        let mut found = Self { strings, structs: HashMap::new(), members: HashMap::new(), functions: HashMap::new() };
+        let mut found = Self {
+            strings,
+            structs: HashMap::new(),
+            members: HashMap::new(),
+            functions: HashMap::new(),
+            enumerators: HashMap::new(),
+        };
         // Functions refer to their parameters by type ID, which may come later.
         let mut parameters: Vec<(u32, usize)> = Vec::new();
         let mut function_types: Vec<(String, u32)> = Vec::new();
@@ -131,7 +141,15 @@ impl KernelTypes {
                 }
                 KIND_INT | KIND_VAR | KIND_DECL_TAG => at += 4,
                 KIND_ARRAY => at += 12,
-                KIND_ENUM => at += entries * 8,
+                KIND_ENUM => {
+                    if found.string(name_offset)? == CONTROLLERS {
+                        for entry in 0..entries {
+                            let name = found.string(word(at + entry * 8)?)?.to_owned();
+                            found.enumerators.insert(name, word(at + entry * 8 + 4)?);
+                        }
+                    }
+                    at += entries * 8;
+                }
                 KIND_FUNC_PROTO => {
                     parameters.push((type_id, entries));
                     at += entries * 8;
@@ -164,6 +182,11 @@ impl KernelTypes {
     /// How many parameters a function has (among those asked for).
     pub fn parameters(&self, function: &str) -> Option<usize> {
         self.functions.get(function).copied()
+    }
+
+    /// The number of a controller of cgroups: `pids_cgrp_id`. Which there are is a choice of whoever built the kernel.
+    pub fn enumerator(&self, name: &str) -> Option<u32> {
+        self.enumerators.get(name).copied()
     }
 
     /// Byte offset of `member` in `structure`, looking into unnamed structs and unions as C does.

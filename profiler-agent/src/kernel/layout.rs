@@ -9,14 +9,31 @@ use std::{
 use profiler_common::abi::settings::{KernelLayout, LAYOUT_MAGIC};
 
 use super::{
-    KernelError,
+    CgroupHierarchy, KernelError,
     btf::{BtfError, KernelTypes},
+    namespaces,
 };
 
 /// Size of an x86_64 kernel stack (`THREAD_SIZE`, `arch/x86/include/asm/page_64_types.h`, without KASAN).
 const THREAD_SIZE: u32 = 16 << 10;
 
-const STRUCTS: &[&str] = &["task_struct", "signal_struct", "sched_entity", "sched_info", "cfs_rq", "rq"];
+const STRUCTS: &[&str] = &[
+    "task_struct",
+    "signal_struct",
+    "sched_entity",
+    "sched_info",
+    "cfs_rq",
+    "rq",
+    "pid",
+    "upid",
+    "pid_namespace",
+    "ns_common",
+    "css_set",
+    "cgroup_subsys_state",
+    "cgroup",
+    "cgroup_root",
+    "kernfs_node",
+];
 
 /// Optional parts of the kernel that change which programs are loaded.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +47,8 @@ pub struct Features {
     /// The scheduler keeps books of when threads become ready to run (`CONFIG_SCHED_INFO`, and group scheduling to
     /// find its clock by).
     pub queue_times: bool,
+    /// Threads lead to their cgroups (`CONFIG_CGROUPS`).
+    pub cgroups: bool,
 }
 
 /// Flags of threads that never run in user mode (`include/linux/sched.h`): io_uring workers, kernel threads, and
@@ -51,14 +70,18 @@ pub fn kernel_version() -> Option<(u32, u32)> {
 }
 
 /// Reads layout and features from the BTF at `path`.
-pub fn read(path: &Path) -> Result<(KernelLayout, Features), KernelError> {
+pub fn read(path: &Path, hierarchy: &CgroupHierarchy) -> Result<(KernelLayout, Features), KernelError> {
     // What calls the programs of a tracepoint: its parameters are `void *` and the tracepoint's.
     const CALL_SWITCH: &str = "__traceiter_sched_switch";
     let types = KernelTypes::read(path, STRUCTS, &["bpf_loop", "bpf_task_pt_regs", CALL_SWITCH])?;
     let has_state_by_version = || kernel_version().is_some_and(|version| version >= (5, 18));
     let queue_times = if keeps_queue_times() { queue_offsets(&types) } else { None };
     let [task_run_delay, task_last_queued, task_cfs_rq, cfs_rq_rq, rq_clock] = queue_times.unwrap_or_default();
+    let mut layout = KernelLayout::default();
+    namespaces::lay_out(&types, &mut layout)
+        .ok_or(KernelError::MissingMember { structure: "task_struct", member: "thread_pid" })?;
     let features = Features {
+        cgroups: hierarchy.lay_out(&types, &mut layout).is_some(),
         bpf_loop: types.has_function("bpf_loop"),
         task_pt_regs: types.has_function("bpf_task_pt_regs"),
         switch_state: types.parameters(CALL_SWITCH).map_or_else(has_state_by_version, |parameters| parameters >= 5),
@@ -88,6 +111,7 @@ pub fn read(path: &Path) -> Result<(KernelLayout, Features), KernelError> {
         signal_live: offset("signal_struct", "live")?,
         thread_size: THREAD_SIZE,
         magic: LAYOUT_MAGIC,
+        ..layout
     };
     Ok((layout, features))
 }

@@ -5,12 +5,14 @@
 
 mod btf;
 mod buffers;
+mod cgroups;
 mod clock;
 mod commands;
 mod cpus;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
 mod layout;
+mod namespaces;
 pub mod privileges;
 mod rings;
 mod side_band;
@@ -28,7 +30,7 @@ use aya_log::EbpfLogger;
 use profiler_common::abi::{
     counter::Counter,
     sample::{LARGE_FRAMES, MEDIUM_FRAMES, SMALL_FRAMES, Sample},
-    settings::{SETTINGS_MAGIC, Settings},
+    settings::{self, SETTINGS_MAGIC, Settings},
     waits::ThreadWait,
 };
 use thiserror::Error;
@@ -42,9 +44,11 @@ use self::waits::WaitPrograms;
 pub use self::{
     btf::BtfError,
     buffers::BufferRows,
+    cgroups::CgroupHierarchy,
     clock::{Clock, ClockSource},
     cpus::online as online_cpus,
     layout::{Features, kernel_version},
+    namespaces::pid_namespace,
     rings::{DebugLog, Ring},
     side_band::SideBand,
     tables::{KernelMappings, KernelTables},
@@ -137,6 +141,8 @@ pub struct Options<'a> {
     pub targets_only: bool,
     /// Rows of the sample buffers.
     pub rows: BufferRows,
+    /// The cgroups that tell containers apart.
+    pub cgroups: CgroupHierarchy,
     /// Let the programs log through aya-log.
     pub debug_log: bool,
     /// Walk stacks as on kernels without `bpf_loop`, although this one has it.
@@ -162,6 +168,7 @@ pub struct Kernel {
     /// Absent where only CPU time is recorded.
     waits: Option<WaitPrograms>,
     waits_refused: Option<KernelError>,
+    cgroups_refused: Option<KernelError>,
     small: DoubleBuffer,
     medium: DoubleBuffer,
     large: DoubleBuffer,
@@ -169,6 +176,7 @@ pub struct Kernel {
     targets: HashMap<MapData, u32, u32>,
     targets_only: bool,
     features: Features,
+    cgroups: CgroupHierarchy,
     debug_log: bool,
     /// The kernel empties it when nobody holds it any more.
     _walk_on: Option<ProgramArray<MapData>>,
@@ -177,7 +185,7 @@ pub struct Kernel {
 impl Kernel {
     /// Loads programs and maps. Nothing is sampled before [`Self::start`].
     pub fn load(options: &Options<'_>) -> Result<Self, KernelError> {
-        let (layout, mut features) = layout::read(options.btf)?;
+        let (layout, mut features) = layout::read(options.btf, &options.cgroups)?;
         features.queue_times &= !options.watch_wakeups;
         let follow_waits = options.events.includes_off_cpu();
         let scheduler = if follow_waits { layout::scheduler_code().unwrap_or_default() } else { (0, 0) };
@@ -189,7 +197,9 @@ impl Kernel {
             wait_stacks_per_second: options.waits.stacks_per_second,
             has_state_argument: u32::from(features.switch_state),
             has_queue_times: u32::from(features.queue_times),
-            padding: 0,
+            cgroups: if features.cgroups { options.cgroups.setting() } else { settings::cgroups::NONE },
+            cgroup_hierarchy: options.cgroups.number(),
+            pid_namespace: pid_namespace().unwrap_or(0),
             min_wait_ns: u64::try_from(options.waits.min_duration.as_nanos()).unwrap_or(u64::MAX),
             sched_text_start: scheduler.0,
             sched_text_end: scheduler.1,
@@ -245,6 +255,7 @@ impl Kernel {
                 Some(Err(error)) => return Err(error),
                 None => (None, None),
             };
+        let cgroups_refused = load_cgroup_programs(&mut ebpf, &types, features).err();
         drop(types);
         release_free_memory();
         Ok(Self {
@@ -252,6 +263,7 @@ impl Kernel {
             clock,
             waits,
             waits_refused,
+            cgroups_refused,
             small,
             medium,
             large,
@@ -259,6 +271,7 @@ impl Kernel {
             targets,
             targets_only: options.targets_only,
             features,
+            cgroups: options.cgroups.clone(),
             debug_log: options.debug_log,
             _walk_on: walk_on,
         })
@@ -271,6 +284,18 @@ impl Kernel {
             program.attach().map_err(|error| KernelError::Program { program: name, error })?;
         }
         Ok(())
+    }
+
+    /// Attaches the notices of cgroups, and returns their ring: from here on every new and removed one is announced.
+    pub fn attach_cgroups(&mut self) -> Result<Ring, KernelError> {
+        if let Some(refused) = self.cgroups_refused.take() {
+            return Err(refused);
+        }
+        for (name, _) in CGROUP_PROGRAMS {
+            let program: &mut BtfTracePoint = program(&mut self.ebpf, name)?;
+            program.attach().map_err(|error| KernelError::Program { program: name, error })?;
+        }
+        Ok(Ring(take_map(&mut self.ebpf, "CGROUPS")?))
     }
 
     /// Starts the sampling clock on every online CPU, and follows waits from here on.
@@ -320,6 +345,11 @@ impl Kernel {
     /// What threads in scope have waited.
     pub fn wait_totals(&self) -> Result<WaitTotals, KernelError> {
         self.waits.as_ref().map_or_else(|| Ok(WaitTotals::default()), WaitPrograms::totals)
+    }
+
+    /// The cgroups that samples are told apart by.
+    pub fn cgroups(&self) -> &CgroupHierarchy {
+        &self.cgroups
     }
 
     /// What this kernel offers.
@@ -418,6 +448,21 @@ pub fn release_free_memory() {
     unsafe {
         libc::malloc_trim(0);
     }
+}
+
+/// The programs that announce cgroups, and their tracepoints.
+const CGROUP_PROGRAMS: [(&str, &str); 2] = [("cgroup_made", "cgroup_mkdir"), ("cgroup_removed", "cgroup_rmdir")];
+
+/// Loads the programs that announce cgroups. Samples can do without them.
+fn load_cgroup_programs(ebpf: &mut Ebpf, types: &Btf, features: Features) -> Result<(), KernelError> {
+    if !features.cgroups {
+        return Err(KernelError::MissingMember { structure: "task_struct", member: "cgroups" });
+    }
+    for (name, event) in CGROUP_PROGRAMS {
+        let program: &mut BtfTracePoint = program(ebpf, name)?;
+        program.load(event, types).map_err(|error| KernelError::Program { program: name, error })?;
+    }
+    Ok(())
 }
 
 /// Loads the program that goes on with a walk, and puts it where programs find it.

@@ -18,11 +18,10 @@ pub struct Cgroup {
     pub id: CgroupId,
     /// Its path from the root of its hierarchy, without control characters.
     pub path: Box<str>,
-    /// Containers that it is in, the outermost first: IDs as their runtimes write them. An ID that another cgroup had
-    /// before is not among them, so what is there was not made up by who runs inside.
+    /// Containers that it is in, the outermost first: IDs as their runtimes write them. Those below the first may be up to
+    /// who runs inside of it, but none is another cgroup's.
     pub containers: Box<[Arc<str>]>,
-    /// The Kubernetes pod that the path names, as the path of the outermost container says: a UID with dashes, or the 32
-    /// digits that stand for a static pod.
+    /// The outermost Kubernetes pod that the path names: a UID with dashes, or the 32 digits that stand for a static pod.
     pub pod_uid: Option<Arc<str>>,
     /// The systemd service, `nginx.service`, where it is in no container.
     pub unit: Option<Box<str>>,

@@ -7,11 +7,15 @@ use profiler_common::abi::{
 use thiserror::Error;
 use zerocopy::FromBytes as _;
 
+use super::CgroupId;
+
 /// A row of a sample buffer, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RawSample {
     /// The process and program image.
     pub process: ProcessKey,
+    /// The cgroup of the thread; zero: not known.
+    pub cgroup: CgroupId,
     /// Command name of the process.
     pub process_name: String,
     /// Command name of the thread.
@@ -93,6 +97,7 @@ impl RawSample {
         }
         Ok(Self {
             process: header.process,
+            cgroup: CgroupId(header.cgroup),
             process_name: comm_to_string(&header.process_comm),
             thread_name: comm_to_string(&header.thread_comm),
             kind: EventKind::try_from(header.kind)
@@ -166,7 +171,7 @@ mod tests {
             assert_eq!(RawSample::decode(&bytes[..len]), Err(DecodeError::Truncated { len }));
         }
         let mut unknown = row(&[], &[]);
-        unknown[92] = 99;
+        unknown[100] = 99;
         assert_eq!(RawSample::decode(&unknown), Err(DecodeError::UnknownValue { field: "event kind", value: 99 }));
     }
 }

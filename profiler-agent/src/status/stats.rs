@@ -11,8 +11,14 @@ use profiler_common::abi::{
 };
 
 use crate::{
-    export::delivery::DestinationStats, kernel::WaitTotals, process::TableStats, profile::Tally,
-    symbolize::SymbolizeStats, unwind_info::TableBuilderStats, waits::WaitStats,
+    cgroups::CgroupStats,
+    export::delivery::DestinationStats,
+    kernel::WaitTotals,
+    process::TableStats,
+    profile::{Cgroup, Tally},
+    symbolize::SymbolizeStats,
+    unwind_info::TableBuilderStats,
+    waits::WaitStats,
 };
 
 /// A number that only grows.
@@ -80,6 +86,7 @@ pub struct Stats {
     waits: Mutex<(WaitStats, WaitTotals)>,
     kernel: Mutex<Vec<u64>>,
     table: Mutex<TableStats>,
+    cgroups: Mutex<(CgroupStats, Vec<Arc<Cgroup>>)>,
     symbolize: Mutex<SymbolizeStats>,
     mappings_lost: AtomicU64,
     unwind_tables: Mutex<(TableBuilderStats, u64)>,
@@ -168,6 +175,25 @@ impl Stats {
     /// The process table's sizes and events.
     pub fn table(&self) -> TableStats {
         *self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `containers`: cgroups of containers, where they have changed.
+    pub(crate) fn set_cgroups(&self, stats: CgroupStats, containers: Option<Vec<Arc<Cgroup>>>) {
+        let mut cgroups = self.cgroups.lock().unwrap_or_else(PoisonError::into_inner);
+        cgroups.0 = stats;
+        if let Some(containers) = containers {
+            cgroups.1 = containers;
+        }
+    }
+
+    /// The cgroups' sizes and events.
+    pub fn cgroups(&self) -> CgroupStats {
+        self.cgroups.lock().unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Cgroups of containers and pods.
+    pub fn containers(&self) -> Vec<Arc<Cgroup>> {
+        self.cgroups.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
     }
 
     pub(crate) fn set_mappings_lost(&self, lost: u64) {

@@ -53,7 +53,7 @@ macro_rules! counters {
 counters! {
     Fired, "samples_fired", Fired, "Times the sampling event fired, on any CPU.";
     Idle, "samples_idle", Skipped, "Events that found the CPU idle.";
-    OutOfScope, "samples_out_of_scope", Skipped, "Events in processes outside the recording's scope.";
+    OutOfScope, "samples_out_of_scope", Skipped, "Events in processes outside the recording's scope, or outside of the agent's PID namespace.";
     Seen, "samples_seen", Seen, "Events that should become a sample.";
     LostScratch, "samples_lost_scratch", Lost, "Samples lost because the per-CPU scratch space was missing.";
     LostBuffer, "samples_lost_buffer", Lost, "Samples lost because no buffer was installed.";
@@ -66,5 +66,6 @@ counters! {
     WaitsLostNs, "waits_lost_nanoseconds", Info, "Time of lost waits.";
     ThreadsFull, "threads_full", Info, "Times a thread that left its CPU could not be remembered.";
     NoticesLost, "notices_lost", Info, "Process notices (fork, exec, exit, new place, table wanted) that found their ring full.";
+    CgroupNoticesLost, "cgroup_notices_lost", Info, "Notices of new and removed cgroups that found their ring full; the cgroups are read again.";
     TargetsFull, "targets_full", Info, "Children of a recorded process that could not be followed because the target map was full.";
 }

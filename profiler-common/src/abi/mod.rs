@@ -3,6 +3,7 @@
 //! Every record is `repr(C)` with fixed-width fields and explicit padding. The agent treats what it
 //! reads as an allegation: lengths and enum values are checked once, where the bytes are decoded.
 
+pub mod cgroup;
 pub mod counter;
 pub mod notice;
 pub mod process;

@@ -22,7 +22,7 @@ pub struct ProcessKey {
     /// Start of the thread group's leader, nanoseconds since boot, suspend included
     /// (`task_struct::start_boottime`, Linux 5.5 and later).
     pub start_time_ns: u64,
-    /// Thread group ID in the initial PID namespace: what userspace calls the PID.
+    /// Thread group ID in the agent's PID namespace: what userspace there calls the PID.
     pub tgid: u32,
     /// Low 32 bits of `task_struct::self_exec_id`: raised by every `execve` before the new image is mapped,
     /// inherited by fork.

@@ -20,7 +20,7 @@ pub const MAX_KERNEL_FRAMES: usize = 127;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct SampleKey {
-    /// Hash over process, thread name, event kind, stack end and every frame.
+    /// Hash over process, thread name, cgroup, event kind, stack end and every frame.
     pub hash: u64,
     /// Repeated from the process key, so that a hash collision cannot cross processes.
     pub tgid: u32,
@@ -42,6 +42,8 @@ pub struct SampleHeader {
     pub waits: u64,
     /// The hash of the row's key.
     pub hash: u64,
+    /// The cgroup that the thread was in, as `kernfs_node::id`; zero: not known.
+    pub cgroup: u64,
     /// The process the sample was taken in.
     pub process: ProcessKey,
     /// Command name of the thread group's leader when the row was made.
@@ -85,18 +87,19 @@ pub struct Sample<const FRAMES: usize> {
 
 const _: () = {
     assert!(size_of::<SampleKey>() == 16);
-    assert!(size_of::<SampleHeader>() == 96);
+    assert!(size_of::<SampleHeader>() == 104);
     assert!(offset_of!(SampleHeader, count) == 0);
     assert!(offset_of!(SampleHeader, blocked_ns) == 8);
     assert!(offset_of!(SampleHeader, queued_ns) == 16);
     assert!(offset_of!(SampleHeader, waits) == 24);
-    assert!(offset_of!(SampleHeader, process) == 40);
-    assert!(offset_of!(SampleHeader, process_comm) == 56);
-    assert!(offset_of!(SampleHeader, thread_comm) == 72);
-    assert!(offset_of!(SampleHeader, kernel_frames) == 88);
-    assert!(offset_of!(SampleHeader, user_end) == 93);
-    assert!(size_of::<Sample<SMALL_FRAMES>>() == 96 + 8 * SMALL_FRAMES);
-    assert!(size_of::<Sample<LARGE_FRAMES>>() == 96 + 8 * LARGE_FRAMES);
+    assert!(offset_of!(SampleHeader, cgroup) == 40);
+    assert!(offset_of!(SampleHeader, process) == 48);
+    assert!(offset_of!(SampleHeader, process_comm) == 64);
+    assert!(offset_of!(SampleHeader, thread_comm) == 80);
+    assert!(offset_of!(SampleHeader, kernel_frames) == 96);
+    assert!(offset_of!(SampleHeader, user_end) == 101);
+    assert!(size_of::<Sample<SMALL_FRAMES>>() == 104 + 8 * SMALL_FRAMES);
+    assert!(size_of::<Sample<LARGE_FRAMES>>() == 104 + 8 * LARGE_FRAMES);
     assert!(LARGE_FRAMES.is_power_of_two());
 };
 

@@ -22,8 +22,12 @@ pub struct Settings {
     pub has_state_argument: u32,
     /// 1: the scheduler keeps books of when threads become ready to run, so that nobody has to watch them wake up.
     pub has_queue_times: u32,
-    /// Zero.
-    pub padding: u32,
+    /// One of [`cgroups`]: how a thread leads to its cgroup.
+    pub cgroups: u32,
+    /// `cgroup_root::hierarchy_id` of the hierarchy whose cgroups are announced.
+    pub cgroup_hierarchy: u32,
+    /// The agent's PID namespace (`ns_common::inum`); zero: the initial one.
+    pub pid_namespace: u32,
     /// Waits that are shorter are not exported, nanoseconds.
     pub min_wait_ns: u64,
     /// Where the kernel keeps the code of its scheduler (`__sched_text_start`): stacks of waits begin there. Zero:
@@ -75,6 +79,32 @@ pub struct KernelLayout {
     pub rq_clock: u32,
     /// `signal_struct::live`.
     pub signal_live: u32,
+    /// `task_struct::thread_pid`.
+    pub task_thread_pid: u32,
+    /// `pid::level`.
+    pub pid_level: u32,
+    /// `pid::numbers`.
+    pub pid_numbers: u32,
+    /// `upid::ns`. (`upid::nr` is its first member.)
+    pub upid_ns: u32,
+    /// Size of `struct upid`.
+    pub upid_size: u32,
+    /// `pid_namespace::ns.inum`.
+    pub pid_namespace_inum: u32,
+    /// `task_struct::cgroups`. This and the next six are zero where cgroups are not told apart.
+    pub task_cgroups: u32,
+    /// Member of `css_set` that leads to the cgroup: `dfl_cgrp`, or one of `subsys`.
+    pub css_set_link: u32,
+    /// `cgroup_subsys_state::cgroup`.
+    pub css_cgroup: u32,
+    /// `cgroup::kn`.
+    pub cgroup_kn: u32,
+    /// `cgroup::root`.
+    pub cgroup_root: u32,
+    /// `cgroup_root::hierarchy_id`.
+    pub cgroup_root_hierarchy_id: u32,
+    /// `kernfs_node::id`.
+    pub kernfs_node_id: u32,
     /// Size of a kernel stack, bytes.
     pub thread_size: u32,
     /// Never zero, so that no other read-only global can be merged with this one.
@@ -83,6 +113,16 @@ pub struct KernelLayout {
 
 /// Value of [`KernelLayout::magic`].
 pub const LAYOUT_MAGIC: u32 = 0x6c61_796f;
+
+/// How a thread leads to its cgroup.
+pub mod cgroups {
+    /// Not at all.
+    pub const NONE: u32 = 0;
+    /// By the second version's hierarchy: [`super::KernelLayout::css_set_link`] is the cgroup.
+    pub const UNIFIED: u32 = 1;
+    /// By a controller of the first version: it is the controller's state of the cgroup.
+    pub const BY_CONTROLLER: u32 = 2;
+}
 
 /// Flags of an entry in the target map.
 pub mod target {

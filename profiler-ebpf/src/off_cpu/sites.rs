@@ -9,7 +9,7 @@ use profiler_common::{
     unwind::pt_regs,
 };
 
-use super::member;
+use super::{member, tgid};
 use crate::{aggregate::mix, capture, layout::loaded, maps::WAIT_SITES};
 
 /// Expectations that are longer say no more.
@@ -62,7 +62,7 @@ fn turn_to(task: u64, wait: &mut ThreadWait, tag: u32, used: u32) {
             return;
         }
         site.expected_ns = 0;
-        site.key = SampleKey { hash: 0, tgid: member(task, loaded!(LAYOUT.task_tgid)), shape: 0 };
+        site.key = SampleKey { hash: 0, tgid: tgid(task), shape: 0 };
         site.tag = tag;
     }
     site.used = used;

@@ -167,6 +167,30 @@ pub(super) fn render(stats: &Stats) -> String {
         "Times that too many perf maps and jitdumps were open to look for another.",
         table.runtime_files_refused,
     );
+    let cgroups = stats.cgroups();
+    page.gauge("cgroups", "Cgroups remembered.", cgroups.known);
+    page.gauge("containers", "Containers that they are of.", cgroups.containers);
+    page.counter(
+        "cgroups_evicted",
+        "Cgroups forgotten while they were there, because there were too many.",
+        cgroups.evicted,
+    );
+    page.counter("cgroup_scans", "Times that all cgroups were read.", cgroups.scans);
+    page.counter(
+        "cgroup_notices_malformed",
+        "Notices of new and removed cgroups that could not be understood.",
+        cgroups.notices_malformed,
+    );
+    page.counter(
+        "container_claims_refused",
+        "Cgroups made inside of a container that have another container's ID in their path.",
+        cgroups.claims_refused,
+    );
+    page.counter(
+        "samples_unknown_cgroup",
+        "Rows read from the kernel whose cgroup is not known.",
+        cgroups.samples_unknown,
+    );
 
     page.gauge("cpus_sampled", "CPUs the sampling clock runs on.", stats.cpus());
     page.gauge("up", "1 while sampling is under way.", u8::from(stats.is_ready()));

@@ -1,0 +1,342 @@
+//! The first stage: owns the kernel side and what is known of processes and cgroups, and turns what the kernel has
+//! recorded into batches of located samples.
+
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{
+        Arc,
+        mpsc::{SyncSender, TrySendError},
+    },
+    time::{Duration, Instant},
+};
+
+use profiler_common::abi::{
+    counter::Counter,
+    sample::{EventKind, StackEnd},
+};
+use tokio::{
+    io::unix::AsyncFd,
+    sync::oneshot,
+    time::{MissedTickBehavior, interval_at},
+};
+use tracing::warn;
+
+use super::{Batch, DRAIN_INTERVAL};
+use crate::{
+    cgroups::Cgroups,
+    kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand},
+    process::{ProcessTable, Published},
+    profile::{KernelChanges, LocatedSample, RawSample, Tally},
+    status::Stats,
+    unwind_info::TableBuilder,
+    waits::WaitBook,
+};
+
+/// Time between two looks at processes that are about to name the code they make.
+const LOOK_AGAIN: Duration = Duration::from_millis(300);
+/// A place of waits that was not used for so long makes room for others.
+const SITE_IDLE: Duration = Duration::from_secs(10);
+
+/// What the collector waits for.
+struct Sources {
+    notices: AsyncFd<Ring>,
+    /// New and removed cgroups, where the kernel announces them.
+    cgroups: Option<AsyncFd<Ring>>,
+    /// New mappings and code of the kernel's, where it lets us have them.
+    side_band: Option<AsyncFd<SideBand>>,
+    overflow: AsyncFd<Ring>,
+    log: Option<AsyncFd<DebugLog>>,
+}
+
+/// The first stage: owns the kernel side and the process table.
+pub(super) struct Collector {
+    pub(super) kernel: Kernel,
+    pub(super) table: ProcessTable,
+    pub(super) cgroups: Cgroups,
+    pub(super) published: Published<KernelMappings>,
+    pub(super) tables: TableBuilder,
+    pub(super) waits: Option<WaitBook>,
+    /// For the next batch.
+    pub(super) kernel_code: KernelChanges,
+    pub(super) batches: SyncSender<Batch>,
+    /// A batch that found the queue full. Nothing is drained while it waits.
+    pub(super) waiting: Option<Batch>,
+    pub(super) stats: Arc<Stats>,
+    pub(super) watch: Vec<u32>,
+    pub(super) report_exit: Option<oneshot::Sender<()>>,
+}
+
+impl Collector {
+    /// Collects until it is told to stop, and then what is left.
+    pub(super) fn run(mut self, window: Option<Duration>, stopped: oneshot::Receiver<()>) -> Result<(), KernelError> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| KernelError::System { what: "starting the collector's event loop", error })?;
+        runtime.block_on(self.collect(window, stopped))
+    }
+
+    async fn collect(&mut self, window: Option<Duration>, stopped: oneshot::Receiver<()>) -> Result<(), KernelError> {
+        let unwatchable = |error| KernelError::System { what: "waiting for a ring buffer", error };
+        let notices = self.kernel.take_notices()?.watch().map_err(unwatchable)?;
+        let overflow = self.kernel.take_overflow()?.watch().map_err(unwatchable)?;
+        let side_band = match self.kernel.side_band() {
+            Ok(events) => Some(events.watch().map_err(unwatchable)?),
+            Err(error) => {
+                warn!("{error}; new mappings are read when samples hit them");
+                None
+            }
+        };
+        let cgroups = match self.kernel.attach_cgroups() {
+            Ok(notices) => Some(notices.watch().map_err(unwatchable)?),
+            Err(error) => {
+                warn!("{error}; containers that come and go between two looks at the cgroups are not known");
+                None
+            }
+        };
+        self.cgroups = Cgroups::read(self.kernel.cgroups().controller());
+        let log = self.kernel.take_log().map(DebugLog::watch).transpose().map_err(unwatchable)?;
+        let mut sources = Sources { notices, cgroups, side_band, overflow, log };
+        let outcome = self.collect_until_stopped(window, stopped, &mut sources).await;
+        // Whatever ended collection: the clock stops, and what was sampled is still read and handed on.
+        let stopped = self.kernel.stop();
+        self.learn(&mut sources);
+        self.deliver_waiting();
+        let drained = self.drain(sources.overflow.get_mut(), true, true);
+        self.deliver_waiting();
+        outcome.and(stopped).and(drained)
+    }
+
+    async fn collect_until_stopped(
+        &mut self,
+        window: Option<Duration>,
+        mut stopped: oneshot::Receiver<()>,
+        sources: &mut Sources,
+    ) -> Result<(), KernelError> {
+        let interval = window.map_or(DRAIN_INTERVAL, |window| window.min(DRAIN_INTERVAL));
+        let mut drains = interval_at(tokio::time::Instant::now() + interval, interval);
+        drains.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut looks = interval_at(tokio::time::Instant::now(), LOOK_AGAIN);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut window_opened = Instant::now();
+        loop {
+            tokio::select! {
+                _ = &mut stopped => return Ok(()),
+                guard = sources.notices.readable_mut() => {
+                    if let Ok(mut guard) = guard {
+                        guard.clear_ready();
+                    }
+                    self.learn(sources);
+                }
+                () = cgroups_change(&mut sources.cgroups) => self.learn_cgroups(sources),
+                () = code_appears(&mut sources.side_band) => self.learn(sources),
+                guard = sources.overflow.readable_mut() => {
+                    if let Ok(mut guard) = guard {
+                        guard.clear_ready();
+                    }
+                    self.learn(sources);
+                    self.drain(sources.overflow.get_mut(), false, false)?;
+                }
+                _ = drains.tick() => {
+                    let closes_window = window.is_some_and(|window| window_opened.elapsed() + interval / 2 >= window);
+                    if closes_window {
+                        window_opened = Instant::now();
+                    }
+                    if let Err(error) = self.kernel.follow_hotplug() {
+                        warn!("CPUs that came or went could not be followed: {error}");
+                    }
+                    if let Some(Err(error)) = sources.side_band.as_mut().map(|side_band| side_band.get_mut().follow_hotplug()) {
+                        warn!("new mappings on CPUs that came or went could not be followed: {error}");
+                    }
+                    self.learn(sources);
+                    let lost = sources.side_band.as_ref().map_or(0, |side_band| side_band.get_ref().lost());
+                    self.stats.set_mappings_lost(lost);
+                    self.drain(sources.overflow.get_mut(), closes_window, false)?;
+                }
+                () = flush_log(&mut sources.log) => {}
+                _ = looks.tick(), if self.table.is_expecting() => self.table.look_again(),
+            }
+        }
+    }
+
+    /// Reads what the kernel announced of cgroups.
+    fn learn_cgroups(&mut self, sources: &mut Sources) {
+        if let Some(notices) = &mut sources.cgroups {
+            notices.get_mut().read(|notice| self.cgroups.notice(notice));
+        }
+    }
+
+    /// Reads what the kernel announced: first processes, then what was mapped in them.
+    fn learn(&mut self, sources: &mut Sources) {
+        self.learn_cgroups(sources);
+        sources.notices.get_mut().read(|notice| self.table.notice(notice));
+        if let Some(side_band) = &mut sources.side_band {
+            let (table, kernel_code) = (&mut self.table, &mut self.kernel_code);
+            let lost = side_band.get_ref().lost();
+            side_band.get_mut().read(|mapping| table.mapped(mapping), |code| kernel_code.add(code));
+            kernel_code.is_incomplete |= side_band.get_ref().lost() != lost;
+        }
+        self.table.catch_up();
+        self.publish();
+        self.report_exits();
+    }
+
+    /// Tells the kernel programs, and the thread that builds unwind tables, what the process table has learned.
+    fn publish(&mut self) {
+        for table in self.table.take_vacated() {
+            self.tables.forget(table);
+        }
+        for change in self.table.take_changes() {
+            if let Err(error) = self.published.apply(change) {
+                warn!("a process's mappings could not be published: {error}");
+            }
+        }
+        for executable in self.table.take_wanted() {
+            self.tables.want(executable);
+        }
+    }
+
+    /// Tells the caller once all watched processes are gone.
+    fn report_exits(&mut self) {
+        if self.watch.is_empty() {
+            return;
+        }
+        let table = &self.table;
+        // A notice may have been lost; a process that is not there has ended all the same.
+        self.watch.retain(|&tgid| !table.has_exited(tgid) && Path::new(&format!("/proc/{tgid}")).exists());
+        if self.watch.is_empty()
+            && let Some(report) = self.report_exit.take()
+        {
+            // An error means that nobody waits for it.
+            let _ = report.send(());
+        }
+    }
+
+    /// Reads the sample buffers and hands the samples on. `is_last`: nothing is sampled any more.
+    fn drain(&mut self, overflow: &mut Ring, closes_window: bool, is_last: bool) -> Result<(), KernelError> {
+        if let Some(waiting) = self.waiting.take() {
+            self.offer(waiting);
+        }
+        if let Some(waiting) = &mut self.waiting {
+            waiting.closes_window |= closes_window;
+            self.stats.drains_postponed.add(1);
+            return Ok(());
+        }
+        let (table, cgroups) = (&mut self.table, &mut self.cgroups);
+        let (waits, stats) = (&mut self.waits, &self.stats);
+        let mut locate = |sample: RawSample| {
+            let cgroup = cgroups.get(sample.cgroup);
+            table.locate(sample, cgroup)
+        };
+        let mut samples = Vec::new();
+        let drained = self.kernel.drain(overflow, |row| match RawSample::decode(row) {
+            Ok(sample) if sample.kind.is_off_cpu() => {
+                let Some(waits) = waits else { return };
+                let (key, count, waited, is_reference) = (sample.key, sample.count, sample.waited, sample.is_reference);
+                waits.add(key, count, waited, is_reference, locate(sample));
+            }
+            Ok(sample) => {
+                stats.samples_drained.add(sample.count);
+                samples.push(locate(sample));
+            }
+            Err(error) => {
+                stats.dropped_malformed.add(Tally { samples: RawSample::count_of(row), off_cpu_ns: 0 });
+                warn!("{error}");
+            }
+        });
+        stats.rows_drained.add(samples.len() as u64);
+        for sample in &samples {
+            stats.count_end(sample.end, sample.count);
+        }
+        let settled = self.settle_waits(is_last, &mut samples);
+        // Replacing the buffers has waited for every program that was running.
+        self.published.reuse_released();
+        self.publish();
+        let kernel_code = std::mem::take(&mut self.kernel_code);
+        self.offer(Batch { samples, kernel_code, closes_window });
+        for tgid in self.table.end_drain() {
+            self.kernel.remove_target(tgid)?;
+        }
+        self.publish();
+        self.cgroups.end_drain();
+        self.stats.set_table(self.table.stats());
+        self.stats.set_unwind_tables(self.tables.stats(), self.published.refused());
+        let lost = self.stats.kernel(Counter::CgroupNoticesLost);
+        self.stats.set_kernel_counters(&self.kernel.counters()?);
+        if self.stats.kernel(Counter::CgroupNoticesLost) != lost {
+            self.cgroups.scan();
+        }
+        self.stats.set_cgroups(self.cgroups.stats(), self.cgroups.take_containers());
+        self.stats.set_clock(self.kernel.clock().map_or(0, Clock::cpus));
+        drained.and(settled)
+    }
+
+    /// Adds what waits have cost since the last drain.
+    fn settle_waits(&mut self, is_last: bool, samples: &mut Vec<LocatedSample>) -> Result<(), KernelError> {
+        let Some(waits) = &mut self.waits else { return Ok(()) };
+        let mut threads = HashMap::new();
+        let idle = if is_last { Duration::ZERO } else { SITE_IDLE };
+        self.kernel.take_wait_dues(idle, |due| {
+            waits.add_due(&due, || self.table.without_stack(due.key.tgid, EventKind::Blocked, StackEnd::Rationed));
+        });
+        let now = self.kernel.waiting_threads(|thread, wait| {
+            threads.insert(thread, wait);
+        });
+        // Where the threads could not be read, what has ended is still handed on.
+        let now_ns = now.as_ref().map_or(0, |now| now.unwrap_or(0));
+        let settled = waits.settle(&threads, now_ns, is_last);
+        for sample in &settled {
+            self.stats.count_wait_end(sample.end, sample.time_ns);
+        }
+        samples.extend(settled);
+        self.stats.set_waits(waits.stats(), self.kernel.wait_totals()?);
+        now.map(|_| ())
+    }
+
+    fn offer(&mut self, batch: Batch) {
+        match self.batches.try_send(batch) {
+            Ok(()) => {}
+            Err(TrySendError::Full(batch)) => self.waiting = Some(batch),
+            Err(TrySendError::Disconnected(batch)) => self.count_undeliverable(&batch),
+        }
+    }
+
+    fn deliver_waiting(&mut self) {
+        if let Some(batch) = self.waiting.take()
+            && let Err(refused) = self.batches.send(batch)
+        {
+            self.count_undeliverable(&refused.0);
+        }
+    }
+
+    fn count_undeliverable(&self, batch: &Batch) {
+        let tally = batch.samples.iter().map(LocatedSample::tally).sum();
+        self.stats.dropped_namer_gone.add(tally);
+    }
+}
+
+/// Waits for new code; for ever where it is not announced.
+async fn code_appears(side_band: &mut Option<AsyncFd<SideBand>>) {
+    let Some(side_band) = side_band else { return std::future::pending().await };
+    if let Ok(mut guard) = side_band.readable_mut().await {
+        guard.clear_ready();
+    }
+}
+
+/// Waits for cgroups to come or go; for ever where they are not announced.
+async fn cgroups_change(cgroups: &mut Option<AsyncFd<Ring>>) {
+    let Some(cgroups) = cgroups else { return std::future::pending().await };
+    if let Ok(mut guard) = cgroups.readable_mut().await {
+        guard.clear_ready();
+    }
+}
+
+/// Passes on what the kernel programs logged; pending forever when they do not log.
+async fn flush_log(log: &mut Option<AsyncFd<DebugLog>>) {
+    let Some(log) = log else { return std::future::pending().await };
+    if let Ok(mut guard) = log.readable_mut().await {
+        guard.clear_ready();
+        guard.get_inner_mut().flush();
+    }
+}
