@@ -3,6 +3,7 @@
 
 mod agreement;
 mod budget;
+mod cgroups;
 mod compilation;
 mod containers;
 mod daemon;

@@ -1,6 +1,6 @@
 //! Recordings in OTLP's format, read back: samples, and all that is told about their frames.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use opentelemetry_proto::tonic::{
     collector::profiles::v1development::ExportProfilesServiceRequest,
@@ -36,6 +36,12 @@ impl Frame {
 /// Samples that share a stack.
 #[derive(Clone, Debug)]
 pub struct Sample {
+    /// Attributes of its resource; a list's items are joined by commas.
+    pub resource: Arc<BTreeMap<String, String>>,
+    /// The process.
+    pub pid: i64,
+    /// Whether it was taken off the CPU: it counts nanoseconds then.
+    pub is_wait: bool,
     /// Name of the process's executable.
     pub process: String,
     /// Frames, leaf first.
@@ -50,20 +56,42 @@ pub fn samples(recording: &[u8]) -> Vec<Sample> {
     let dictionary = request.dictionary.unwrap_or_default();
     let frames: Vec<Arc<Frame>> =
         dictionary.location_table.iter().map(|location| Arc::new(frame(&dictionary, location))).collect();
-    let profiles = request.resource_profiles.iter().flat_map(|resource| &resource.scope_profiles);
-    profiles
-        .flat_map(|scope| &scope.profiles)
-        .flat_map(|profile| &profile.samples)
-        .map(|sample| Sample {
-            process: attribute(&dictionary, &sample.attribute_indices, "process.executable.name").unwrap_or_default(),
-            frames: dictionary.stack_table[sample.stack_index as usize]
-                .location_indices
-                .iter()
-                .map(|&index| Arc::clone(&frames[index as usize]))
-                .collect(),
-            count: sample.values.iter().sum::<i64>().unsigned_abs(),
-        })
-        .collect()
+    let mut samples = Vec::new();
+    for resource in &request.resource_profiles {
+        let attributes = resource.resource.iter().flat_map(|resource| &resource.attributes);
+        let attributes: BTreeMap<String, String> =
+            attributes.map(|attribute| (attribute.key.clone(), text_of(attribute.value.as_ref()))).collect();
+        let attributes = Arc::new(attributes);
+        for profile in resource.scope_profiles.iter().flat_map(|scope| &scope.profiles) {
+            // (Waits have no period.)
+            let is_wait = profile.period == 0;
+            samples.extend(profile.samples.iter().map(|sample| Sample {
+                resource: Arc::clone(&attributes),
+                pid: number(&dictionary, &sample.attribute_indices, "process.pid").unwrap_or_default(),
+                is_wait,
+                process: attribute(&dictionary, &sample.attribute_indices, "process.executable.name")
+                    .unwrap_or_default(),
+                frames: dictionary.stack_table[sample.stack_index as usize]
+                    .location_indices
+                    .iter()
+                    .map(|&index| Arc::clone(&frames[index as usize]))
+                    .collect(),
+                count: sample.values.iter().sum::<i64>().unsigned_abs(),
+            }));
+        }
+    }
+    samples
+}
+
+fn text_of(value: Option<&AnyValue>) -> String {
+    match value.and_then(|value| value.value.as_ref()) {
+        Some(Value::StringValue(text)) => text.clone(),
+        Some(Value::IntValue(number)) => number.to_string(),
+        Some(Value::ArrayValue(list)) => {
+            list.values.iter().map(|item| text_of(Some(item))).collect::<Vec<_>>().join(",")
+        }
+        _ => String::new(),
+    }
 }
 
 fn frame(dictionary: &ProfilesDictionary, location: &Location) -> Frame {
@@ -83,10 +111,21 @@ fn frame(dictionary: &ProfilesDictionary, location: &Location) -> Frame {
 }
 
 fn attribute(dictionary: &ProfilesDictionary, indices: &[i32], key: &str) -> Option<String> {
-    let mut entries = indices.iter().map(|&index| &dictionary.attribute_table[index as usize]);
-    let entry = entries.find(|entry| dictionary.string_table[entry.key_strindex as usize] == key)?;
-    match entry.value.as_ref() {
-        Some(AnyValue { value: Some(Value::StringValue(text)) }) => Some(text.clone()),
+    match value(dictionary, indices, key)? {
+        Value::StringValue(text) => Some(text.clone()),
         _ => None,
     }
+}
+
+fn number(dictionary: &ProfilesDictionary, indices: &[i32], key: &str) -> Option<i64> {
+    match value(dictionary, indices, key)? {
+        Value::IntValue(number) => Some(*number),
+        _ => None,
+    }
+}
+
+fn value<'a>(dictionary: &'a ProfilesDictionary, indices: &[i32], key: &str) -> Option<&'a Value> {
+    let mut entries = indices.iter().map(|&index| &dictionary.attribute_table[index as usize]);
+    let entry = entries.find(|entry| dictionary.string_table[entry.key_strindex as usize] == key)?;
+    entry.value.as_ref()?.value.as_ref()
 }

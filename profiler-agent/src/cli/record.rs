@@ -84,6 +84,9 @@ pub(super) struct Arguments {
     /// Watch threads wake up, as on kernels whose scheduler keeps no books of it.
     #[arg(long, hide = true)]
     watch_wakeups: bool,
+    /// Tell cgroups apart by the second version's hierarchy, whatever containers use.
+    #[arg(long, hide = true)]
+    unified_cgroups: bool,
     /// A command to start and record, with everything it starts.
     #[arg(last = true, value_name = "CMD")]
     command: Vec<std::ffi::OsString>,
@@ -112,6 +115,7 @@ struct Recording {
     btf: PathBuf,
     walk_in_parts: bool,
     watch_wakeups: bool,
+    unified_cgroups: bool,
     command: Vec<std::ffi::OsString>,
 }
 
@@ -165,6 +169,7 @@ impl Arguments {
             btf: self.btf,
             walk_in_parts: self.walk_in_parts,
             watch_wakeups: self.watch_wakeups,
+            unified_cgroups: self.unified_cgroups,
             command: self.command,
         })
     }
@@ -296,7 +301,11 @@ fn start_sampling(recording: &Recording, logging: Logging) -> anyhow::Result<(Ke
             rows_per_second(recording.events, recording.frequency),
             DRAIN_INTERVAL.as_secs(),
         ),
-        cgroups: kernel::CgroupHierarchy::of_machine(),
+        cgroups: if recording.unified_cgroups {
+            kernel::CgroupHierarchy::Unified
+        } else {
+            kernel::CgroupHierarchy::of_machine()
+        },
         debug_log: logging.kernel_debug,
         walk_in_parts: recording.walk_in_parts,
         watch_wakeups: recording.watch_wakeups,
