@@ -17,6 +17,7 @@ use profiler_common::{
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
 pub use crate::{
+    cgroups::fuzzing::cgroups,
     config::fuzzing::config,
     export::{fuzzing::spool, otlp::client::fuzzing::otlp_answer},
     kernel::fuzzing::{btf, mmap_record},

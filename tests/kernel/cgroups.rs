@@ -33,14 +33,14 @@ const LAYOUTS: &[(&str, &str)] = &[
     ("guaranteed", "/kubepods/podUID/ID"),
     ("static-pod", "/kubepods/besteffort/pod0123456789abcdef0123456789abcdef/ID"),
     ("crio-fs", "/kubepods/burstable/podUID/crio-ID"),
-    (
-        "systemd",
-        "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podU_I_D.slice/cri-containerd-ID.scope",
-    ),
+    ("systemd", "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podU_I_D.slice/cri-containerd-ID.scope"),
     ("crio", "/kubepods.slice/kubepods-podU_I_D.slice/crio-ID.scope"),
     ("cri-dockerd", "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podU_I_D.slice/docker-ID.scope"),
     ("unaware", "/kubepods/kubepods-burstable-podU_I_D.slice:cri-containerd:ID"),
-    ("kind-systemd", "/docker/OUTER/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-podU_I_D.slice/crio-ID.scope"),
+    (
+        "kind-systemd",
+        "/docker/OUTER/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-podU_I_D.slice/crio-ID.scope",
+    ),
     ("kind", "/docker/OUTER/kubelet/kubepods/besteffort/podUID/ID"),
     ("docker", "/docker/ID"),
     ("in-docker", "/docker/OUTER/docker/ID"),
@@ -104,12 +104,10 @@ fn every_layout_is_read() {
             ((*name).to_owned(), path.replace("ID", &id), id)
         })
         .collect();
-    let containers: BTreeMap<String, String> =
-        layouts.iter().map(|(name, _, id)| (name.clone(), id.clone())).collect();
+    let containers: BTreeMap<String, String> = layouts.iter().map(|(name, _, id)| (name.clone(), id.clone())).collect();
     let start = |layouts: &[(String, String, String)]| -> Vec<Background> {
-        let start = |(name, path, id): &(String, String, String)| {
-            runc.start(id, path, &[&format!("/bin/{name}"), "1", "12"])
-        };
+        let start =
+            |(name, path, id): &(String, String, String)| runc.start(id, path, &[&format!("/bin/{name}"), "1", "12"]);
         layouts.iter().map(start).collect()
     };
     let (before, later) = layouts.split_at(layouts.len() / 2);

@@ -13,7 +13,9 @@ use std::{
 
 use nix::sys::signal::Signal;
 use profiler_tests::{
-    Background, eventually, kernel_is_usable, record,
+    Background,
+    container::{Runc, remove_cgroups},
+    eventually, kernel_is_usable, record,
     recorded::{Frame, Sample, samples},
     run, scratch, stderr, stdout, workspace,
 };
@@ -22,6 +24,11 @@ const IMAGE: &str = "localhost/other-suite:test";
 /// What begins the names of functions of the program that was compiled for the container, and of the one for the host.
 const INSIDE: &str = "inside_";
 const OUTSIDE: &str = "outside_";
+
+/// The ID that a container's cgroup is called by. (kubelet's containers have such an ID for a name, too.)
+fn container_id(name: &str) -> String {
+    Runc::id(name.bytes().map(u64::from).sum())
+}
 
 /// containerd with all it keeps in a folder of its own.
 struct Containerd {
@@ -60,7 +67,8 @@ impl Containerd {
     /// A container that runs a shell's script and is gone when the script has ended.
     fn container(&self, name: &str, script: &str) -> Command {
         let mut ctr = self.ctr();
-        ctr.args(["run", "--rm", "--snapshotter", "overlayfs", IMAGE, name]);
+        let cgroup = format!("/kubepods/besteffort/pod2d8a3c1e-0f4b-4c56-9d7e-8a9b0c1d2e3f/{}", container_id(name));
+        ctr.args(["run", "--rm", "--cgroup", &cgroup, "--snapshotter", "overlayfs", IMAGE, name]);
         ctr.args(["/bin/busybox", "sh", "-c", script]);
         ctr
     }
@@ -75,6 +83,7 @@ impl Drop for Containerd {
             run(self.ctr().args(["containers", "delete", container]));
         }
         let _ = fs::remove_dir_all(&self.folder);
+        remove_cgroups(&["kubepods"]);
     }
 }
 
@@ -211,6 +220,12 @@ fn names_come_from_the_containers_files() {
         println!("{process:9} {inside:5} samples in the container's program, {outside:5} in the other");
         // (Programs share CPUs with whatever else the machine does.)
         assert!(inside > 5 && if with_host { outside > 5 } else { outside == 0 }, "{process}: {inside} {outside}");
+    }
+    let containers =
+        [("job", "earlier"), ("upper", "later"), ("replaced", "later"), ("deleted", "later"), ("brief", "brief")];
+    for sample in samples.iter().filter(|sample| sample.frames.iter().any(|frame| frame.is_named_like(INSIDE))) {
+        let (_, container) = containers.iter().find(|(process, _)| *process == sample.process).expect("a program");
+        assert_eq!(sample.resource.get("container.id"), Some(&container_id(container)), "{sample:?}");
     }
     let has = |sample: &Sample, place| sample.frames.iter().any(|frame| frame.is_named_like(place));
     assert!(!samples.iter().any(|sample| has(sample, INSIDE) && has(sample, OUTSIDE)));

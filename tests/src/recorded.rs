@@ -65,18 +65,20 @@ pub fn samples(recording: &[u8]) -> Vec<Sample> {
         for profile in resource.scope_profiles.iter().flat_map(|scope| &scope.profiles) {
             // (Waits have no period.)
             let is_wait = profile.period == 0;
-            samples.extend(profile.samples.iter().map(|sample| Sample {
-                resource: Arc::clone(&attributes),
-                pid: number(&dictionary, &sample.attribute_indices, "process.pid").unwrap_or_default(),
-                is_wait,
-                process: attribute(&dictionary, &sample.attribute_indices, "process.executable.name")
-                    .unwrap_or_default(),
-                frames: dictionary.stack_table[sample.stack_index as usize]
-                    .location_indices
-                    .iter()
-                    .map(|&index| Arc::clone(&frames[index as usize]))
-                    .collect(),
-                count: sample.values.iter().sum::<i64>().unsigned_abs(),
+            samples.extend(profile.samples.iter().map(|sample| {
+                Sample {
+                    resource: Arc::clone(&attributes),
+                    pid: number(&dictionary, &sample.attribute_indices, "process.pid").unwrap_or_default(),
+                    is_wait,
+                    process: attribute(&dictionary, &sample.attribute_indices, "process.executable.name")
+                        .unwrap_or_default(),
+                    frames: dictionary.stack_table[sample.stack_index as usize]
+                        .location_indices
+                        .iter()
+                        .map(|&index| Arc::clone(&frames[index as usize]))
+                        .collect(),
+                    count: sample.values.iter().sum::<i64>().unsigned_abs(),
+                }
             }));
         }
     }

@@ -7,6 +7,8 @@
 //! Names below a container are up to who runs inside. A container ID that stands below another container is believed
 //! unless it is another cgroup's already: IDs are random, so whoever knows one has not made it up.
 
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod path;
 mod scan;
 

@@ -30,7 +30,8 @@ enum Verdict {
 }
 
 pub(super) fn main(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let mut items = vec![("kernel", kernel_release()), ("privileges", privileges_held())];
+    let mut items =
+        vec![("kernel", kernel_release()), ("privileges", privileges_held()), ("PID namespace", pid_namespace())];
     items.extend(sampling(arguments));
     items.push(("kernel symbols", kernel_symbols()));
     items.push(("mapped files", mapped_files()));
@@ -64,6 +65,17 @@ fn privileges_held() -> Verdict {
     match privileges::check() {
         Ok(()) => Verdict::Good("all held".to_owned()),
         Err(missing) => Verdict::Impossible(missing.to_string()),
+    }
+}
+
+fn pid_namespace() -> Verdict {
+    match kernel::pid_namespace() {
+        None => Verdict::Good("the machine's".to_owned()),
+        // The first process of a namespace that was made for us alone, or for little more.
+        Some(_) if std::process::id() == 1 => {
+            Verdict::Degraded("this container's own: nothing else is seen; share the host's (hostPID: true)".to_owned())
+        }
+        Some(number) => Verdict::Good(format!("a nested one ({number}): only what runs in it is seen")),
     }
 }
 
@@ -116,6 +128,12 @@ fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
     items.push(match kernel.attach_notices() {
         Ok(()) => ("process notices", Verdict::Good("fork, exec and exit are announced".to_owned())),
         Err(error) => ("process notices", Verdict::Impossible(error.to_string())),
+    });
+    items.push(match kernel.attach_cgroups() {
+        Ok(_) => ("cgroups", Verdict::Good(format!("{}; new ones are announced", kernel.cgroups()))),
+        Err(error) => {
+            ("cgroups", Verdict::Degraded(format!("{}, but new ones are not announced: {error}", kernel.cgroups())))
+        }
     });
     items.push(match kernel.start() {
         Ok(()) => (

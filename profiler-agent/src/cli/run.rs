@@ -187,6 +187,9 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         humantime::format_duration(window),
         config.status,
     );
+    if let Some(number) = kernel::pid_namespace() {
+        info!("only processes of the agent's own PID namespace ({number}) are seen");
+    }
     stats.set_clock(kernel.clock().map_or(0, Clock::cpus));
     let options = pipeline::Options {
         events: config.events,

@@ -1,6 +1,6 @@
 //! Which cgroups tell containers apart on this machine, and how the kernel programs find a thread's.
 
-use std::fs;
+use std::{fmt, fs};
 
 use nix::sys::statfs::statfs;
 use profiler_common::abi::settings::{KernelLayout, cgroups};
@@ -27,6 +27,15 @@ pub enum CgroupHierarchy {
         /// The kernel's number of it, as in `/proc/PID/cgroup`.
         id: u32,
     },
+}
+
+impl fmt::Display for CgroupHierarchy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unified => f.write_str("those of the second version"),
+            Self::Controller { name, .. } => write!(f, "those of the first version, by the controller {name}"),
+        }
+    }
 }
 
 impl CgroupHierarchy {

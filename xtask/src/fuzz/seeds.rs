@@ -160,6 +160,16 @@ fn records(seeds: &Seeds) -> Outcome {
     told.extend(&sample);
     told.extend([3, 0]);
     seeds.add("notices", "all", &told)?;
+    let mut made = Vec::new();
+    let (one, other) = ("a".repeat(64), "b".repeat(64));
+    for (id, path) in [format!("/docker/{one}"), format!("/docker/{other}/docker/{one}")].iter().enumerate() {
+        made.push(16 + path.len() as u8);
+        made.extend(halves(&[id as u32 + 1, 0, 1, path.len() as u32]));
+        made.extend(path.as_bytes());
+    }
+    made.push(16);
+    made.extend(halves(&[1, 0, 2, 0]));
+    seeds.add("cgroups", "nested", &made)?;
     seeds.add("perf_map", "lines", b"\x08\x01\x10\x40100 20 one\n0x110 8 two\n7f0000001000 1f three (x.js:1)\n")?;
     seeds.add("jitdump", "records", &jitdump())?;
     seeds.add("mappings", "overlapping", &[0, 60, 0, 0, 10, 10, 5, 1, 15, 20, 1, 2, 5, 8, 2, 1])?;

@@ -40,6 +40,30 @@ record() {
     fi
 }
 
+# containers: records the machine while one program runs in the cgroup of a container that was there before, and another
+# in that of one that is made meanwhile, and says which of both are in the recording.
+containers() {
+    early=$(printf 'a%.0s' $(seq 64)) late=$(printf 'b%.0s' $(seq 64))
+    pod=/sys/fs/cgroup/kubepods/burstable/pod2d8a3c1e-0f4b-4c56-9d7e-8a9b0c1d2e3f
+    echo containers >/tmp/run
+    mkdir -p "$pod/$early"
+    sh -c "echo \$\$ >$pod/$early/cgroup.procs; exec /shapes chain 10" >/dev/null &
+    /profiler-agent record --frequency 99 --duration 10s --output /tmp/containers.otlp 2>/tmp/stderr &
+    agent=$!
+    until grep -q sampling /tmp/stderr; do sleep 0.2; done
+    sleep 1
+    mkdir "$pod/$late"
+    sh -c "echo \$\$ >$pod/$late/cgroup.procs; exec /shapes chain 3" >/dev/null
+    rmdir "$pod/$late"
+    wait $agent
+    # An attribute's text stands in a recording as it is.
+    found=
+    for container in early late; do
+        eval "grep -q \"\$$container\" /tmp/containers.otlp" && found="$found $container"
+    done
+    say "containers$found"
+}
+
 # A run that does not end says where everything is, while the machine still can.
 watch_runs() {
     while sleep 5; do
@@ -66,6 +90,7 @@ say "release $(uname -r)"
 grep -E ' _text$' /proc/kallsyms
 /profiler-agent check
 . /runs
+containers
 echo "Kernel messages:"
 dmesg | tail -n 100
 say done

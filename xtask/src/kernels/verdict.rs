@@ -135,7 +135,20 @@ pub(super) fn judge(console: &str, runs: &[Run]) -> Result<Vec<Row>, String> {
         let stuck: String = stuck.map(|line| format!("\n    | {line}")).collect();
         return Err(format!("the VM ended before it was done{stuck}"));
     }
-    Ok(runs.iter().map(|run| row(release, console, run)).collect())
+    let rows = runs.iter().map(|run| row(release, console, run));
+    Ok(rows.chain([containers(release, console)]).collect())
+}
+
+/// Judges the recording of containers: one that was there before, and one that was made meanwhile.
+fn containers(release: &str, console: &str) -> Row {
+    let mut row = Row { release: release.to_owned(), name: "containers", ..Row::default() };
+    let found = console.lines().find_map(|line| said(line, "containers")).unwrap_or_default();
+    for container in ["early", "late"] {
+        if !found.split(' ').any(|name| name == container) {
+            row.complaints.push(format!("no sample of the {container} container has its ID"));
+        }
+    }
+    row
 }
 
 /// Judges one recording.
@@ -302,7 +315,7 @@ mod tests {
         };
         let console = format!(
             "early\n{MARK}release 1.2\n{MARK}run it\n{MARK}status {status}\n{MARK}stderr\n{stderr}\n{MARK}stdout\n{stdout}\n\
-             {MARK}end\n{MARK}done\n"
+             {MARK}end\n{MARK}containers early late\n{MARK}done\n"
         );
         let mut rows = judge(&console, &[run]).expect("the console is whole");
         let row = rows.remove(0);
