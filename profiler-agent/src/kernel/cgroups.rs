@@ -2,7 +2,7 @@
 
 use std::{fmt, fs};
 
-use nix::sys::statfs::statfs;
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use profiler_common::abi::settings::{KernelLayout, cgroups};
 
 use super::btf::KernelTypes;
@@ -10,8 +10,6 @@ use super::btf::KernelTypes;
 /// Controllers of the first version of cgroups whose paths tell containers apart, the best first: systemd puts every
 /// service into its own cgroup of the first, container runtimes use all of them.
 const CONTROLLERS: [&str; 5] = ["pids", "memory", "devices", "cpu", "freezer"];
-/// What the second version's file system says it is (`CGROUP2_SUPER_MAGIC`, `include/uapi/linux/magic.h`).
-const CGROUP2_MAGIC: i64 = 0x6367_7270;
 /// Where cgroups are: the initial process may see more than we do, where we may look.
 const MOUNTS: [&str; 2] = ["/proc/1/root/sys/fs/cgroup", "/sys/fs/cgroup"];
 
@@ -43,7 +41,7 @@ impl CgroupHierarchy {
     /// the first version's controllers, if there are any, also where systemd has the second version beside them.
     pub fn of_machine() -> Self {
         let mount = MOUNTS.iter().find_map(|mount| statfs(*mount).ok());
-        let is_unified = mount.is_some_and(|mount| i64::from(mount.filesystem_type().0) == CGROUP2_MAGIC);
+        let is_unified = mount.is_some_and(|mount| mount.filesystem_type() == CGROUP2_SUPER_MAGIC);
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         if is_unified { Self::Unified } else { Self::first_controller(&own).unwrap_or(Self::Unified) }
     }

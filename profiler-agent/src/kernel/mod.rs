@@ -490,3 +490,15 @@ where
     let program = ebpf.program_mut(name).ok_or(KernelError::MissingPart(name))?;
     program.try_into().map_err(|error| KernelError::Program { program: name, error })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// aya tells functions that programs call apart by their addresses in their section, so there may be only one.
+    #[test]
+    fn called_functions_are_in_one_section() {
+        let name = b".text.";
+        assert!(!OBJECT.windows(name.len()).any(|bytes| bytes == name), "functions are not all in .text");
+    }
+}

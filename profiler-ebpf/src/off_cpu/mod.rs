@@ -136,6 +136,7 @@ fn arrive(task: u64, at: queue::Now, ration: &mut Ration) {
 
 /// A thread gets the CPU that was never seen to leave one: it is new, or its wait began before the recording.
 #[cold]
+#[unsafe(link_section = ".text")]
 #[inline(never)]
 fn arrive_unknown(task: u64, thread: u32, now: u64) {
     let Some(control) = WAIT_CONTROL.get_ptr(0) else { return };
@@ -162,6 +163,7 @@ fn arrive_unknown(task: u64, thread: u32, now: u64) {
 /// Raises the row of a sampled wait. Where it is gone already, because the agent has read it, another row refers
 /// to it.
 #[cold]
+#[unsafe(link_section = ".text")]
 #[inline(never)]
 fn charge(task: u64, wait: &ThreadWait, weight: u64, blocked: u64, queued: u64) {
     const ENDED: u64 = 1 << 32;
@@ -192,6 +194,7 @@ fn charge(task: u64, wait: &ThreadWait, weight: u64, blocked: u64, queued: u64) 
 
 /// Charges a wait of which there is no stack to its thread.
 #[cold]
+#[unsafe(link_section = ".text")]
 #[inline(never)]
 fn charge_without_stack(task: u64, kind: u8, end: u8, blocked: u64, queued: u64) {
     let tgid = tgid(task);

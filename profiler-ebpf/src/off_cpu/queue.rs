@@ -46,6 +46,7 @@ pub fn now(ration: &mut Ration, next: u64) -> Now {
 
 /// Compares the clocks, `age` after the current comparison began.
 #[cold]
+#[unsafe(link_section = ".text")]
 #[inline(never)]
 fn compare(ration: &mut Ration, clock: u64, age: u64) {
     let ahead = ktime().wrapping_sub(clock) as i64;

@@ -71,6 +71,7 @@ pub fn choose(ration: &mut Ration, wait: &ThreadWait, now: u64) -> Choice {
 
 /// Pays out the ration of the time since the last period, and moves the threshold so that it will last.
 #[cold]
+#[unsafe(link_section = ".text")]
 #[inline(never)]
 fn next_period(ration: &mut Ration, now: u64, elapsed: u64, rate: u64) {
     let capacity = (STACK / BURST_DIVISOR) * rate + 2 * STACK;

@@ -49,6 +49,7 @@ pub fn enter(task: u64, wait: &mut ThreadWait, tag: u32, now: u64) {
 
 /// The thread turns to a place: its own, or one that is free. It has none where that is another's.
 #[cold]
+#[unsafe(link_section = ".text")]
 #[inline(never)]
 fn turn_to(task: u64, wait: &mut ThreadWait, tag: u32, used: u32) {
     settle(task, wait);

@@ -36,6 +36,7 @@ pub fn find(thread: u32) -> Option<&'static mut ThreadWait> {
 
 /// Makes room for a thread that is not remembered.
 #[cold]
+#[unsafe(link_section = ".text")]
 #[inline(never)]
 pub fn remember(thread: u32) -> Option<&'static mut ThreadWait> {
     let slot = THREADS.get_ptr_mut(thread & (THREAD_SLOTS as u32 - 1))?;
@@ -62,6 +63,7 @@ pub fn remember(thread: u32) -> Option<&'static mut ThreadWait> {
 
 /// Forgets a thread that has ended.
 #[cold]
+#[unsafe(link_section = ".text")]
 #[inline(never)]
 pub fn forget(thread: u32) {
     let Some(slot) = THREADS.get_ptr_mut(thread & (THREAD_SLOTS as u32 - 1)) else { return };
