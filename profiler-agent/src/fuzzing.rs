@@ -21,6 +21,7 @@ pub use crate::{
     config::fuzzing::config,
     export::{fuzzing::spool, otlp::client::fuzzing::otlp_answer},
     kernel::fuzzing::{btf, mmap_record},
+    label::fuzzing::pod,
     process::fuzzing::{mappings, notices, proc_text},
     symbolize::fuzzing::{debug_info, demangle, go_lines, jitdump, perf_map, symbols},
     unwind_info::fuzzing::{debug_frame, eh_frame, executable, go_table, guessed_code, sections, table},

@@ -46,6 +46,7 @@ const TARGETS: &[Target] = &[
     ("notices", 256),
     ("otlp_answer", 256),
     ("perf_map", 256),
+    ("pod", 2048),
     ("proc_text", 256),
     ("raw_sample", 256),
     ("sections", 384),

@@ -4,9 +4,11 @@ use std::{fs, path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
+use super::labels::KubernetesOptions;
 use crate::{
-    config::DEFAULT_WAITS,
+    config::{DEFAULT_WAITS, Kubernetes, MISSING_NODE},
     kernel::{self, BufferRows, Clock, Kernel, privileges},
+    label::kubernetes,
     profile::Events,
 };
 
@@ -19,6 +21,8 @@ pub(super) struct Arguments {
     /// The kernel's type information, where it is not in its usual place.
     #[arg(long, value_name = "FILE", default_value = kernel::DEFAULT_BTF, hide = true)]
     btf: PathBuf,
+    #[command(flatten)]
+    kubernetes: KubernetesOptions,
 }
 
 /// How one item turned out.
@@ -35,6 +39,7 @@ pub(super) fn main(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     items.extend(sampling(arguments));
     items.push(("kernel symbols", kernel_symbols()));
     items.push(("mapped files", mapped_files()));
+    items.extend(pods(arguments).map(|verdict| ("kubernetes", verdict)));
 
     let mut possible = true;
     for (name, verdict) in items {
@@ -176,4 +181,20 @@ fn mapped_files() -> Verdict {
                 .to_owned(),
         )
     }
+}
+
+/// Whether this node's pods may be read, in a cluster or where one is named.
+fn pods(arguments: &Arguments) -> Option<Verdict> {
+    let overrides = arguments.kubernetes.clone().overrides();
+    let is_asked_for = overrides.is_asked_for();
+    let verdict = match Kubernetes::of_environment(overrides) {
+        Ok(Some(settings)) => match kubernetes::probe(&settings.access, &settings.node) {
+            Ok(probed) => Verdict::Good(format!("{} pods of node {} can be followed", probed.pods, settings.node)),
+            Err(error) => Verdict::Degraded(format!("node {}: {error}", settings.node)),
+        },
+        Ok(None) if is_asked_for => Verdict::Degraded(MISSING_NODE.to_owned()),
+        Ok(None) => return None,
+        Err(error) => Verdict::Degraded(format!("{error:#}")),
+    };
+    Some(verdict)
 }

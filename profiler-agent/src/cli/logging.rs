@@ -52,7 +52,9 @@ impl LogOptions {
         // Libraries only speak up when something is wrong; what they trace is theirs, not our users'.
         let ours = filter_fn(move |metadata| {
             let target = metadata.target();
-            *metadata.level() <= level && (*metadata.level() <= Level::WARN || target.starts_with("profiler"))
+            // (What fails between us and the API server we say ourselves, once.)
+            let is_loud = *metadata.level() <= Level::WARN && !target.starts_with("kube_client");
+            *metadata.level() <= level && (is_loud || target.starts_with("profiler"))
         });
         let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
         let layer = match self.log_format {

@@ -3,6 +3,7 @@
 mod check;
 mod debuginfod;
 mod export;
+mod labels;
 mod logging;
 mod output;
 mod record;

@@ -15,12 +15,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use profiler_common::abi::{counter::Counter, sample::EventKind, settings::target};
 use tracing::info;
 
-use super::{debuginfod::DebuginfodOptions, logging::Logging, output::Output};
+use super::{debuginfod::DebuginfodOptions, labels, logging::Logging, output::Output};
 use crate::{
     config::{DEFAULT_FREQUENCY, DEFAULT_WAITS, dwarf_bytes, valid_frequency},
     export::Format,
     kernel::{self, BufferRows, Kernel, WaitOptions, privileges},
-    label,
     pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
     process::children_of,
     profile::{Events, Profile},
@@ -227,7 +226,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
         debuginfod: recording.debuginfod.take(),
         source: recording.source,
         unwind_table_bytes: DEFAULT_TABLE_BYTES,
-        labels: label::Options::default(),
+        labels: labels::of_recording(&stats),
         watch: (!watch.is_empty()).then_some(watch),
     };
     let (mut pipeline, mut profiles) = Pipeline::start(kernel, options, &stats)?;

@@ -8,7 +8,12 @@ use profiler_common::abi::counter::Counter;
 use tokio::net::TcpListener;
 use tracing::info;
 
-use super::{debuginfod::DebuginfodOptions, export::ExportOptions, logging::Logging};
+use super::{
+    debuginfod::DebuginfodOptions,
+    export::ExportOptions,
+    labels::{self, KubernetesOptions, LabelOptions},
+    logging::Logging,
+};
 use crate::{
     config::{self, Config, FileFormat, Overrides},
     export::{
@@ -17,7 +22,6 @@ use crate::{
         files, otlp,
     },
     kernel::{self, BufferRows, Clock, Kernel, privileges},
-    label,
     pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
     profile::Events,
     status::{self, Stats},
@@ -71,6 +75,10 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE", default_value = kernel::DEFAULT_BTF, hide = true)]
     btf: PathBuf,
     #[command(flatten)]
+    kubernetes: KubernetesOptions,
+    #[command(flatten)]
+    labels: LabelOptions,
+    #[command(flatten)]
     export: ExportOptions,
 }
 
@@ -97,6 +105,20 @@ Configuration file, with the defaults:
       urls: []
       cache: /var/cache/profiler-agent/debuginfod
       cache_mib: 1024
+  kubernetes:
+    enabled: auto
+    node: ''
+    kubeconfig: ''
+    wait: 5s
+    grace: 60s
+  labels:
+    extra: {}
+    pod_labels: []
+    pod_annotations: []
+    service_from_labels: false
+    allow: []
+    deny: []
+    rename: {}
   export:
     window: 15s
     endpoint: http://127.0.0.1:4317
@@ -122,6 +144,7 @@ Several destinations take the place of export.endpoint, each with its own queue;
 SIGINT and SIGTERM stop the daemon; the last window is exported first.";
 
 pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<ExitCode> {
+    let (kubernetes, labels) = arguments.labels.overrides(arguments.kubernetes)?;
     let overrides = Overrides {
         frequency: arguments.frequency,
         events: arguments.event,
@@ -133,6 +156,8 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
         inlines: arguments.inlines,
         dwarf_mib: arguments.dwarf_mib,
         names_mib: arguments.names_mib,
+        kubernetes,
+        labels,
         export: arguments.export.overrides()?,
         status: arguments.status_listen,
     };
@@ -157,6 +182,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
 
     let stats = Arc::new(Stats::default());
     let window = config.export.window;
+    let labels = labels::options(config.kubernetes, config.labels, Some(window), &stats)?;
     let delivery = Delivery::open(delivery_options(config.export), &stats)?;
     let status = tokio::spawn(status::serve(listener, Arc::clone(&stats)));
     let cpus = kernel::online_cpus().map_or(1, |cpus| cpus.len());
@@ -199,7 +225,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         debuginfod: debuginfod.map(Arc::new),
         source: config.source,
         unwind_table_bytes: config.table_bytes,
-        labels: label::Options::default(),
+        labels,
         watch: None,
     };
     let (mut pipeline, profiles) = Pipeline::start(kernel, options, &stats)?;

@@ -406,11 +406,11 @@ pub(super) fn choice<T: ValueEnum>(setting: &str, text: &str) -> anyhow::Result<
     })
 }
 
-fn duration(setting: &str, text: &str, example: &str) -> anyhow::Result<Duration> {
+pub(super) fn duration(setting: &str, text: &str, example: &str) -> anyhow::Result<Duration> {
     humantime::parse_duration(text).with_context(|| format!("{setting}: {text:?} is not a duration such as {example}"))
 }
 
-fn within(setting: &str, duration: Duration, range: &RangeInclusive<Duration>) -> anyhow::Result<()> {
+pub(super) fn within(setting: &str, duration: Duration, range: &RangeInclusive<Duration>) -> anyhow::Result<()> {
     if !range.contains(&duration) {
         let text = humantime::format_duration;
         bail!("{setting}: {} is outside of {} to {}", text(duration), text(*range.start()), text(*range.end()));

@@ -4,10 +4,14 @@ mod environment;
 mod export;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
+mod kubernetes;
+mod labels;
 
 pub use self::{
     environment::Environment,
     export::{Export, ExportOverrides, FileFormat, Files, Spool},
+    kubernetes::{InCluster, Kubernetes, KubernetesOverrides, MISSING_NODE, Surroundings},
+    labels::{LabelOverrides, Labels},
 };
 
 use std::{
@@ -57,6 +61,8 @@ struct File {
     sampling: Sampling,
     unwind: Unwind,
     symbolize: Symbolize,
+    kubernetes: kubernetes::Section,
+    labels: labels::Section,
     export: export::Section,
     status: Status,
 }
@@ -133,6 +139,10 @@ pub struct Overrides {
     pub dwarf_mib: Option<u32>,
     /// Most memory for names, MiB.
     pub names_mib: Option<u32>,
+    /// Where pods' metadata comes from.
+    pub kubernetes: KubernetesOverrides,
+    /// What samples are labelled with.
+    pub labels: LabelOverrides,
     /// Where profiles go.
     pub export: ExportOverrides,
     /// Address of the status endpoint.
@@ -156,6 +166,10 @@ pub struct Config {
     pub source: SourceOptions,
     /// Most memory for names, bytes.
     pub names_bytes: usize,
+    /// Where pods' metadata comes from; `None`: from nowhere.
+    pub kubernetes: Option<Kubernetes>,
+    /// What samples are labelled with.
+    pub labels: Labels,
     /// Where profiles go.
     pub export: Export,
     /// Address of the status endpoint.
@@ -217,6 +231,8 @@ impl Config {
             },
             names_bytes: names_bytes(overrides.names_mib.or(file.symbolize.names_mib))?,
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
+            kubernetes: Kubernetes::merge(file.kubernetes, overrides.kubernetes)?,
+            labels: Labels::merge(file.labels, overrides.labels)?,
             export: Export::merge(file.export, overrides.export)?,
             status,
         })
@@ -330,6 +346,8 @@ mod tests {
             debuginfod: None,
             source: SourceOptions::default(),
             names_bytes: 32 << 20,
+            kubernetes: None,
+            labels: Labels::default(),
             export: Export::merge(export::Section::default(), ExportOverrides::default()).expect("a default"),
             status: "127.0.0.1:7081".parse().expect("an address"),
         }

@@ -14,6 +14,7 @@ use crate::{
     cgroups::CgroupStats,
     export::delivery::DestinationStats,
     kernel::WaitTotals,
+    label::{LabelStats, kubernetes::Pods},
     process::TableStats,
     profile::{Cgroup, Tally},
     symbolize::SymbolizeStats,
@@ -80,6 +81,9 @@ pub struct Stats {
     pub dropped_namer_gone: Amount,
     /// Samples dropped because exporters were behind.
     pub dropped_queue_full: Amount,
+    /// Whose samples were.
+    pub labels: Arc<LabelStats>,
+    pods: Mutex<Option<Pods>>,
     destinations: Mutex<Vec<Arc<DestinationStats>>>,
     ends: [Count; StackEnd::ALL.len()],
     wait_ends: [Count; StackEnd::ALL.len()],
@@ -156,6 +160,16 @@ impl Stats {
     /// Everything that was dropped before it reached any destination.
     pub fn dropped_in_all(&self) -> Tally {
         self.dropped().into_iter().map(|(_, _, tally)| tally).sum()
+    }
+
+    /// Says where pods are known.
+    pub fn set_pods(&self, pods: Option<Pods>) {
+        *self.pods.lock().unwrap_or_else(PoisonError::into_inner) = pods;
+    }
+
+    /// The pods of this node, where there is a cluster.
+    pub fn pods(&self) -> Option<Pods> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Names the destinations.

@@ -3,6 +3,7 @@
 //! Names of the kernel's counters, their help and their order come from the counter enum itself.
 
 mod destinations;
+mod labels;
 
 use std::{
     fmt::{Display, Write as _},
@@ -48,6 +49,7 @@ pub(super) fn render(stats: &Stats) -> String {
         "Rows (distinct stacks of functions per window) of OTLP requests.",
         stats.rows_encoded.get(),
     );
+    labels::render(&mut page, stats);
     destinations::render(&mut page, &stats.destinations());
     page.labelled(
         "stack_ends",
