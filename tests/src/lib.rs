@@ -17,6 +17,7 @@ use nix::{
 pub mod receiver;
 pub mod recorded;
 pub mod stopped;
+pub mod yaml;
 
 /// The workspace's folder.
 pub fn workspace() -> &'static Path {

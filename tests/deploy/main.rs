@@ -1,0 +1,1 @@
+//! What `deploy/` has: rendered, read back, and compared with what it promises.
