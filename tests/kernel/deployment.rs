@@ -9,11 +9,15 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::utsname::uname;
+use nix::sys::{signal::Signal, utsname::uname};
 use profiler_tests::{
-    Background, agent, eventually, kernel_is_usable, record,
+    Background, agent, eventually, free_port, http_get, kernel_is_usable,
+    receiver::{Options, Receiver},
+    record,
     recorded::{Frame, Sample, samples},
-    run, scratch, stderr, stdout, workspace,
+    run, scratch, stderr, stdout,
+    stopped::Stopped,
+    workload, workspace,
     yaml::{self, Value, texts},
 };
 use serde_json::json;
@@ -26,6 +30,16 @@ const SCRIPTED: &str = "spinInDeployment";
 /// What the chart's values say about the container.
 fn security_context() -> Value {
     yaml::file(&workspace().join("deploy/helm/profiler-agent/values.yaml"))["securityContext"].take()
+}
+
+/// The capabilities that it lists, as far as this machine can give them away.
+fn capabilities(context: &Value) -> Vec<&str> {
+    let mut capabilities = texts(&context["capabilities"]["add"]);
+    if counts_no_locked_memory() && !holds_sys_resource() {
+        eprintln!("SKIPPED: who runs this test has no CAP_SYS_RESOURCE to give away; the agent does without, too");
+        capabilities.retain(|&capability| capability != "SYS_RESOURCE");
+    }
+    capabilities
 }
 
 /// The image's root, and what its containers share.
@@ -43,9 +57,20 @@ impl Image {
         Self { folder }
     }
 
-    /// A container as Kubernetes would have runc make it of the chart's values, with these capabilities. What the agent
-    /// has for its spool, `/var/lib/profiler-agent`, is the folder `spool`.
+    /// A container with these capabilities and a network of its own.
     fn container(&self, name: &str, capabilities: &[&str], arguments: &[&str]) -> Command {
+        self.adapted(name, capabilities, arguments, |_| ())
+    }
+
+    /// A container as Kubernetes would have runc make it of the chart's values, with these capabilities, but for what is
+    /// adapted. What the agent has for its spool, `/var/lib/profiler-agent`, is the folder `spool`.
+    fn adapted(
+        &self,
+        name: &str,
+        capabilities: &[&str],
+        arguments: &[&str],
+        adapt: impl FnOnce(&mut Value),
+    ) -> Command {
         let bundle = self.folder.join(name);
         fs::create_dir_all(&bundle).expect("a folder");
         let written = run(Command::new("runc").args(["spec", "--bundle"]).arg(&bundle));
@@ -69,6 +94,7 @@ impl Image {
         spec["mounts"].as_array_mut().expect("mounts").push(spool);
         // `hostPID`.
         spec["linux"]["namespaces"].as_array_mut().expect("namespaces").retain(|namespace| namespace["type"] != "pid");
+        adapt(&mut spec);
         fs::write(bundle.join("config.json"), spec.to_string()).expect("a file");
         let mut runc = Command::new("runc");
         runc.arg("--root").arg(self.folder.join("state")).args(["run", "--bundle"]).arg(&bundle);
@@ -239,11 +265,7 @@ fn the_charts_capabilities_are_enough_and_none_too_many() {
         return;
     }
     let context = security_context();
-    let mut capabilities = texts(&context["capabilities"]["add"]);
-    if counts_no_locked_memory() && !holds_sys_resource() {
-        eprintln!("SKIPPED: who runs this test has no CAP_SYS_RESOURCE to give away; the agent does without, too");
-        capabilities.retain(|&capability| capability != "SYS_RESOURCE");
-    }
+    let capabilities = capabilities(&context);
     let image = Image::assemble("deployment");
     let without = |left_out: &str| -> Vec<&str> {
         capabilities.iter().copied().filter(|&capability| capability != left_out).collect()
@@ -323,6 +345,67 @@ fn the_charts_capabilities_are_enough_and_none_too_many() {
             _ => assert!(deleted < 0.1, "{left_out} is not needed: {named:?}"),
         }
     }
+}
+
+/// The daemon runs with the manifests' arguments, variables and configuration: it is ready, its samples arrive, its spool is
+/// where the volume is, and it stops in order.
+#[test]
+fn the_manifests_daemon_delivers() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let base = workspace().join("deploy/manifests/base");
+    let pod = yaml::file(&base.join("daemonset.yaml"))["spec"]["template"]["spec"].take();
+    let container = &pod["containers"][0];
+    let context = security_context();
+    assert_eq!(container["securityContext"], context, "the manifests' container is not the chart's");
+    let image = Image::assemble("deployment-daemon");
+    let receiver = Receiver::start(Options::grpc());
+    let status = free_port();
+    // The port is another, since what runs on this machine may have it.
+    let config = fs::read_to_string(base.join("config.yaml")).expect("the configuration");
+    assert!(config.contains("listen: 0.0.0.0:7081"), "{config}");
+    fs::create_dir_all(image.folder.join("config")).expect("a folder");
+    fs::write(image.folder.join("config/config.yaml"), config.replace("7081", &status.to_string())).expect("a file");
+
+    let arguments = texts(&container["args"]);
+    let mut runc = image.adapted("daemon", &capabilities(&context), &arguments, |spec| {
+        spec["mounts"].as_array_mut().expect("mounts").push(json!({
+            "destination": "/etc/profiler-agent", "type": "bind", "source": image.folder.join("config"),
+            "options": ["rbind", "ro"],
+        }));
+        for variable in container["env"].as_array().expect("variables") {
+            let name = variable["name"].as_str().expect("a name");
+            let value = match name {
+                "OTEL_EXPORTER_OTLP_ENDPOINT" => receiver.url(),
+                _ => variable["value"].as_str().unwrap_or("node-1").to_owned(),
+            };
+            spec["process"]["env"].as_array_mut().expect("variables").push(format!("{name}={value}").into());
+        }
+        // The receiver is on this machine.
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("namespaces");
+        namespaces.retain(|namespace| namespace["type"] != "network");
+    });
+    let daemon = Background::start(&mut runc);
+    let load = Background::start(Command::new(workload("burner")).args(["1", "600"]));
+    for probe in ["livenessProbe", "readinessProbe"] {
+        let path = container[probe]["httpGet"]["path"].as_str().expect("a path");
+        eventually(path, Duration::from_secs(30), || {
+            http_get(status, path).filter(|page| page.starts_with("HTTP/1.1 200"))
+        });
+    }
+    // (A window is 15 s.)
+    eventually("a profile", Duration::from_secs(60), || (!receiver.received().is_empty()).then_some(()));
+    drop(load);
+    // runc passes it on, as Kubernetes would have it.
+    daemon.signal(Signal::SIGTERM);
+    let output = daemon.finish();
+    let said = stderr(&output);
+    println!("{said}");
+    assert!(output.status.success(), "{said}");
+    let books = Stopped::of(&said);
+    assert!(books.balances() && books.exported > 100 && books.spool == 0, "{books:?}");
+    assert!(image.folder.join("spool/spool").is_dir(), "there is no spool");
 }
 
 /// Whether the kernel counts the memory of BPF's maps by control groups, as Linux does since 5.11, and not as locked
