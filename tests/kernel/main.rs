@@ -9,6 +9,7 @@ mod containers;
 mod daemon;
 mod debuginfod;
 mod delivery;
+mod deployment;
 mod hostile;
 mod naming;
 mod receivers;

@@ -18,6 +18,7 @@ pub mod container;
 pub mod receiver;
 pub mod recorded;
 pub mod stopped;
+pub mod yaml;
 
 /// The workspace's folder.
 pub fn workspace() -> &'static Path {

@@ -11,7 +11,7 @@ use crate::{
     setup, tidy,
 };
 
-const GROUPS: &[&str] = &["tidy", "unit", "cli", "kernel", "kernels"];
+const GROUPS: &[&str] = &["tidy", "unit", "cli", "deploy", "kernel", "kernels"];
 /// The oldest and the newest of the kernels that `cargo xtask kernels` knows.
 const KERNELS: [&str; 2] = ["5.10", "7.2"];
 
@@ -38,7 +38,7 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
             "profiler-tests",
         ]))?;
     }
-    if !["cli", "kernel", "kernels"].into_iter().any(wanted) {
+    if !["cli", "deploy", "kernel", "kernels"].into_iter().any(wanted) {
         return Ok(());
     }
     run(cargo(workspace).args(["build", "--release", "--package", "profiler-agent"]))?;
@@ -57,8 +57,8 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
         ]);
         tests
     };
-    if wanted("cli") {
-        run(&mut tests("cli"))?;
+    for group in ["cli", "deploy"].into_iter().filter(|group| wanted(group)) {
+        run(&mut tests(group))?;
     }
     if wanted("kernel") {
         if machine_can_sample() {
