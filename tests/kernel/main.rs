@@ -9,6 +9,7 @@ mod daemon;
 mod debuginfod;
 mod delivery;
 mod hostile;
+mod kubernetes;
 mod naming;
 mod receivers;
 mod recording;

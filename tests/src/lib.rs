@@ -14,6 +14,7 @@ use nix::{
     unistd::Pid,
 };
 
+pub mod cluster;
 pub mod receiver;
 pub mod recorded;
 pub mod stopped;
