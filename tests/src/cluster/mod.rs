@@ -17,7 +17,7 @@ pub use self::{
 use std::{
     fs::{self, OpenOptions},
     net::TcpStream,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Output},
     time::Duration,
 };
@@ -133,6 +133,7 @@ impl Cluster {
             .args(["--secure-port", &self.port.to_string()])
             .args(["--etcd-servers", &format!("http://127.0.0.1:{}", self.etcd_port)])
             .args(["--authorization-mode", "Node,RBAC", "--disable-admission-plugins", WITHOUT_ADMISSION])
+            .arg("--allow-privileged=true")
             .args(["--service-account-issuer", "https://kubernetes.default.svc"])
             .args(["--profiling=false", "--audit-log-mode", "blocking"]);
         for (flag, file) in [
@@ -365,6 +366,5 @@ impl Drop for Cluster {
 
 /// A program that `cargo xtask setup` built.
 fn program(name: &str) -> PathBuf {
-    let folder: &Path = workspace();
-    folder.join("target/kubernetes").join(name)
+    workspace().join("target/kubernetes").join(name)
 }
