@@ -11,6 +11,7 @@ mod debuginfod;
 mod delivery;
 mod deployment;
 mod hostile;
+mod kubernetes;
 mod naming;
 mod receivers;
 mod recording;

@@ -14,6 +14,7 @@ use nix::{
     unistd::Pid,
 };
 
+pub mod cluster;
 pub mod container;
 pub mod receiver;
 pub mod recorded;

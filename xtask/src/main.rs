@@ -3,7 +3,9 @@
 
 mod bench;
 mod build;
+mod cluster;
 mod fuzz;
+mod go;
 mod kernels;
 mod process;
 mod receivers;

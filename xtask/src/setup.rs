@@ -5,7 +5,7 @@
 use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
 
 use crate::{
-    Outcome,
+    Outcome, cluster,
     process::{cargo, find, is_root, output, run},
     receivers,
     suite::{self, Suite},
@@ -43,6 +43,7 @@ const TEST_PROGRAMS: &[(&str, &[&str])] = &[
     ("nginx", &["nginx-light", "nginx"]),
     ("ab", &["apache2-utils"]),
     ("pg_ctlcluster", &["postgresql"]),
+    ("etcd", &["etcd-server"]),
 ];
 /// Suites whose C library runs what this machine compiles, and is another than its own: the first that is not this
 /// machine's suite is what containers of tests are made of.
@@ -79,7 +80,7 @@ pub(crate) fn for_build(workspace: &Path) -> Outcome {
 }
 
 /// What the tests need besides: compilers, runtimes and servers to profile, Python with the OTLP types, Go's pprof, VMs,
-/// containers, receivers.
+/// containers, receivers, Kubernetes.
 pub(crate) fn for_tests(workspace: &Path) -> Outcome {
     let missing: Vec<&[&str]> =
         TEST_PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, packages)| *packages).collect();
@@ -113,7 +114,8 @@ pub(crate) fn for_tests(workspace: &Path) -> Outcome {
     }
     unpack_python(&workspace.join("target/distribution"))?;
     container_root(workspace)?;
-    receivers::build(workspace)
+    receivers::build(workspace)?;
+    cluster::build(workspace)
 }
 
 /// The C library of another suite, in a folder that containers of tests have as their root.
