@@ -68,7 +68,7 @@ pub(super) struct Arguments {
     /// Most memory for names, MiB: named frames, symbols of files, and what processes say of code they make.
     #[arg(long, env = "PROFILER_NAMES_MIB", value_name = "MIB")]
     names_mib: Option<u32>,
-    /// Address of /metrics, /healthz and /readyz.
+    /// Address of /metrics, /healthz, /readyz and /debug/state.
     #[arg(long, env = "PROFILER_STATUS_LISTEN", value_name = "ADDRESS")]
     status_listen: Option<SocketAddr>,
     /// The kernel's type information, where it is not in its usual place.

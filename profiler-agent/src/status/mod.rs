@@ -2,6 +2,7 @@
 
 mod metrics;
 mod server;
+mod state;
 mod stats;
 
 pub use self::{

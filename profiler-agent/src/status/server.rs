@@ -1,4 +1,4 @@
-//! The status endpoint: `/metrics`, `/healthz`, `/readyz`.
+//! The status endpoint: `/metrics`, `/healthz`, `/readyz`, `/debug/state`.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -14,7 +14,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpListener, sync::Semaphore};
 use tracing::debug;
 
-use super::{Stats, metrics};
+use super::{Stats, metrics, state};
 
 /// Connections served at once; further ones wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 32;
@@ -65,10 +65,15 @@ fn answer(request: &Request<Incoming>, stats: &Stats) -> Response<Full<Bytes>> {
                 .insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
             response
         }
+        "/debug/state" => {
+            let mut response = text(StatusCode::OK, state::render(stats));
+            response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            response
+        }
         "/healthz" => text(StatusCode::OK, "ok\n".to_owned()),
         "/readyz" if stats.is_ready() => text(StatusCode::OK, "ready\n".to_owned()),
         "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "not sampling\n".to_owned()),
-        _ => text(StatusCode::NOT_FOUND, "try /metrics, /healthz or /readyz\n".to_owned()),
+        _ => text(StatusCode::NOT_FOUND, "try /metrics, /healthz, /readyz or /debug/state\n".to_owned()),
     }
 }
 
