@@ -12,6 +12,7 @@ mod delivery;
 mod deployment;
 mod hostile;
 mod kubernetes;
+mod labels;
 mod naming;
 mod receivers;
 mod recording;
