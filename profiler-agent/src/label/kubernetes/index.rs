@@ -75,7 +75,7 @@ impl Index {
 
     /// A pod is there, or changed.
     pub(crate) fn put(&mut self, stated: Stated, now: Instant) {
-        let Stated { pod, mut containers } = stated;
+        let Stated { pod, mut containers, .. } = stated;
         let before = self.remove(&pod.uid);
         let earlier = before.iter().flat_map(|entry| &entry.containers);
         let earlier: Vec<_> =

@@ -75,6 +75,8 @@ pub(crate) struct Container {
 pub(crate) struct Stated {
     pub(crate) pod: Pod,
     pub(crate) containers: Vec<(Arc<str>, Arc<Container>)>,
+    /// What the API server counts with; empty: it does not say.
+    pub(super) version: Box<str>,
 }
 
 #[derive(Default, Deserialize)]
@@ -91,6 +93,7 @@ struct Metadata {
     name: String,
     namespace: String,
     uid: String,
+    resource_version: String,
     labels: Option<BTreeMap<String, String>>,
     annotations: Option<BTreeMap<String, String>>,
     owner_references: Option<Vec<Owner>>,
@@ -172,12 +175,13 @@ pub(super) fn parse_event(json: &[u8], wanted: &Wanted) -> Result<Stated, Box<st
 
 fn checked(object: serde_json::Result<Object>, wanted: &Wanted) -> Result<Stated, Box<str>> {
     let object = object.map_err(|error| text::clean(&error.to_string(), 200))?;
-    let metadata = object.metadata;
+    let mut metadata = object.metadata;
+    let version = std::mem::take(&mut metadata.resource_version).into();
     if metadata.uid.is_empty() || metadata.uid.len() > MAX_ID {
         return Err("a pod has a UID".into());
     }
     let containers = containers(&object.spec.unwrap_or_default(), &object.status.unwrap_or_default());
-    Ok(Stated { pod: pod(metadata, wanted), containers })
+    Ok(Stated { pod: pod(metadata, wanted), containers, version })
 }
 
 fn pod(metadata: Metadata, wanted: &Wanted) -> Pod {
