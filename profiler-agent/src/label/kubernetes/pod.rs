@@ -22,7 +22,7 @@ const TEMPLATE_HASH: &str = "pod-template-hash";
 /// Attributes that annotations state, and attributes of chosen labels and annotations, of one pod.
 const MAX_ATTRIBUTES: usize = 64;
 /// IDs of containers that are taken from one pod's status.
-pub(super) const MAX_CONTAINERS: usize = 256;
+const MAX_CONTAINERS: usize = 256;
 /// Bytes of names and IDs: Kubernetes allows 253.
 const MAX_ID: usize = 253;
 
@@ -222,7 +222,7 @@ fn workload(owner: &Owner, template_hash: Option<&String>) -> Vec<(&'static str,
     let group = owner.api_version.split_once('/').map_or("", |(group, _)| group);
     let attribute = |name, value: &str| (name, text::clean(value, MAX_ID));
     let name = owner.name.as_str();
-    match (group, owner.kind.as_str()) {
+    let workload: Vec<_> = match (group, owner.kind.as_str()) {
         ("apps", "ReplicaSet") => {
             let hash = template_hash.and_then(|hash| name.strip_suffix(hash.as_str())?.strip_suffix('-'));
             let deployment = hash.filter(|name| !name.is_empty()).map(|name| attribute("k8s.deployment.name", name));
@@ -236,7 +236,8 @@ fn workload(owner: &Owner, template_hash: Option<&String>) -> Vec<(&'static str,
         }
         ("", "ReplicationController") => vec![attribute("k8s.replicationcontroller.name", name)],
         _ => Vec::new(),
-    }
+    };
+    workload.into_iter().filter(|(_, name)| !name.is_empty()).collect()
 }
 
 /// A CronJob names its Jobs by the minute they are due (8 digits; before Kubernetes 1.21 the second, 10).
@@ -352,6 +353,7 @@ mod tests {
         );
         check_owner(("v1", "ReplicationController", "old", None), &[("k8s.replicationcontroller.name", "old")]);
         check_owner(("v1", "Node", "worker-1", None), &[]);
+        check_owner(("apps/v1", "StatefulSet", "", None), &[]);
         check_owner(("example.org/v1", "ReplicaSet", "x", None), &[]);
     }
 
