@@ -34,10 +34,22 @@ pub(super) struct KubernetesOptions {
 #[command(next_help_heading = "Labels")]
 pub(super) struct LabelOptions {
     /// How long metadata of a container that has just appeared is waited for. By default 5s.
-    #[arg(long, env = "PROFILER_KUBERNETES_WAIT", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(
+        long,
+        env = "PROFILER_KUBERNETES_WAIT",
+        value_name = "DURATION",
+        value_parser = humantime::parse_duration,
+        help_heading = "Kubernetes"
+    )]
     kubernetes_wait: Option<Duration>,
     /// How long pods that are gone are remembered. By default 60s.
-    #[arg(long, env = "PROFILER_KUBERNETES_GRACE", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(
+        long,
+        env = "PROFILER_KUBERNETES_GRACE",
+        value_name = "DURATION",
+        value_parser = humantime::parse_duration,
+        help_heading = "Kubernetes"
+    )]
     kubernetes_grace: Option<Duration>,
     /// Attribute of every sample; may be given several times. What OTEL_RESOURCE_ATTRIBUTES says is added where nothing else
     /// says it.

@@ -55,7 +55,7 @@ pub fn notices(bytes: &[u8]) {
                 if let Ok(mut sample) = RawSample::decode(input.piece(len)) {
                     sample.process.tgid |= NO_PROCESS;
                     let frames = sample.kernel.len() + sample.user.len();
-                    assert!(table.locate(sample).locations.len() <= frames);
+                    assert!(table.locate(sample, None).locations.len() <= frames);
                 }
             }
             3 => {

@@ -135,6 +135,8 @@ impl Cluster {
             .args(["--authorization-mode", "Node,RBAC", "--disable-admission-plugins", WITHOUT_ADMISSION])
             .arg("--allow-privileged=true")
             .args(["--service-account-issuer", "https://kubernetes.default.svc"])
+            // So long it waits at its end for clients that watch.
+            .arg("--request-timeout=10s")
             .args(["--profiling=false", "--audit-log-mode", "blocking"]);
         for (flag, file) in [
             ("--cert-dir", self.folder.join("certificates")),

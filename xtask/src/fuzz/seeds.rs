@@ -107,9 +107,24 @@ pub(super) fn make(folder: &Path) -> Outcome {
     let destinations = "export:\n  destinations:\n    - {endpoint: 'https://c:1', name: d, headers: {e: f}, timeout: 9s, \
                         protocol: grpc, tls: {ca_file: g}}\n  spool: {folder: /h}\n";
     seeds.add("config", "destinations", destinations.as_bytes())?;
+    seeds.add("pod", "deployment", &[b"\xff", POD.as_bytes()].concat())?;
+    seeds.add("pod", "static", &[b"\x07", STATIC_POD.as_bytes()].concat())?;
     answers(&seeds)?;
     records(&seeds)
 }
+
+/// A list of a pod that a Deployment made, whose container was restarted.
+const POD: &str = r#"{"metadata":{"resourceVersion":"1"},"items":[{"metadata":{"name":"a-5d-x","namespace":"n","uid":"u",
+"labels":{"pod-template-hash":"5d","app.kubernetes.io/name":"b"},"annotations":{"resource.opentelemetry.io/service.name":"c"},
+"ownerReferences":[{"apiVersion":"apps/v1","kind":"ReplicaSet","name":"a-5d","controller":true}]},
+"spec":{"containers":[{"name":"d","image":"r:1/i:2@sha256:0"}]},"status":{"containerStatuses":[{"name":"d",
+"containerID":"x://1","imageID":"r/i@sha256:0","lastState":{"terminated":{"containerID":"x://2"}}}]}}]}"#;
+
+/// A list of a static pod, and of one that a CronJob's Job made.
+const STATIC_POD: &str = r#"{"items":[{"metadata":{"uid":"u","annotations":{"kubernetes.io/config.hash":"h"},
+"ownerReferences":[{"apiVersion":"v1","kind":"Node","name":"n"}]},"status":{"initContainerStatuses":[{"name":"d",
+"containerID":"x://1","imageID":"sha256:0"}]}},{"metadata":{"uid":"v","ownerReferences":[{"apiVersion":"batch/v1",
+"kind":"Job","name":"j-12345678"}]}}],"metadata":{"resourceVersion":"1"}}"#;
 
 /// What receivers answer: protocol, status, six headers, trailers of gRPC, and a body.
 fn answers(seeds: &Seeds) -> Outcome {

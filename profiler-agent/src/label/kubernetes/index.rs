@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::pod::{Container, MAX_CONTAINERS, Pod, Stated};
+use super::pod::{Container, Pod, Stated};
 use crate::profile::Cgroup;
 
 /// Bytes of all pods and containers.
@@ -18,6 +18,8 @@ const MAX_BYTES: usize = 8 << 20;
 /// Bytes that an entry takes in the maps, besides what it says.
 const PER_POD: usize = 256;
 const PER_CONTAINER: usize = 192;
+/// Containers' IDs that are remembered of a pod besides those that it states.
+const MAX_EARLIER: usize = 16;
 /// Time between two looks for pods that are gone for long enough.
 const SWEEP: Duration = Duration::from_secs(1);
 
@@ -75,17 +77,19 @@ impl Index {
 
     /// A pod is there, or changed.
     pub(crate) fn put(&mut self, stated: Stated, now: Instant) {
-        let Stated { pod, mut containers } = stated;
+        let Stated { pod, mut containers, .. } = stated;
         let before = self.remove(&pod.uid);
         let earlier = before.iter().flat_map(|entry| &entry.containers);
-        let earlier: Vec<_> =
-            earlier.filter(|(id, _)| !containers.iter().any(|(other, _)| other == id)).cloned().collect();
+        let is_new = |id: &str| !containers.iter().any(|(other, _)| **other == *id);
+        let earlier: Vec<_> = earlier.filter(|(id, _)| is_new(id)).take(MAX_EARLIER).cloned().collect();
+        let running = containers.len();
         containers.extend(earlier);
-        containers.truncate(MAX_CONTAINERS);
-        let bytes = PER_POD
-            + pod.bytes()
-            + containers.iter().map(|(id, container)| PER_CONTAINER + id.len() + container.bytes()).sum::<usize>();
+        let mut bytes = bytes_of(&pod, &containers);
         self.make_room(bytes);
+        if self.bytes + bytes > self.budget {
+            containers.truncate(running);
+            bytes = bytes_of(&pod, &containers);
+        }
         let entry = Entry { pod: pod.into(), containers, gone: None, list: self.list, bytes };
         if self.bytes + bytes <= self.budget {
             self.insert(entry);
@@ -215,6 +219,11 @@ impl Index {
             self.remove(&uid);
         }
     }
+}
+
+fn bytes_of(pod: &Pod, containers: &[(Arc<str>, Arc<Container>)]) -> usize {
+    let containers = containers.iter().map(|(id, container)| PER_CONTAINER + id.len() + container.bytes());
+    PER_POD + pod.bytes() + containers.sum::<usize>()
 }
 
 #[cfg(test)]
@@ -347,7 +356,7 @@ mod tests {
         for number in 0..1000 {
             index.put(stated("u", None, &[(&format!("c{number}"), "app")]), now);
         }
-        assert_eq!(index.sizes().1, MAX_CONTAINERS);
+        assert_eq!(index.sizes().1, 1 + MAX_EARLIER);
         check(&index, &["c999"], None, Some(("u", Some("c999"))));
         check(&index, &["c0"], None, None);
     }

@@ -22,7 +22,7 @@ const TEMPLATE_HASH: &str = "pod-template-hash";
 /// Attributes that annotations state, and attributes of chosen labels and annotations, of one pod.
 const MAX_ATTRIBUTES: usize = 64;
 /// IDs of containers that are taken from one pod's status.
-pub(super) const MAX_CONTAINERS: usize = 256;
+const MAX_CONTAINERS: usize = 256;
 /// Bytes of names and IDs: Kubernetes allows 253.
 const MAX_ID: usize = 253;
 
@@ -75,6 +75,8 @@ pub(crate) struct Container {
 pub(crate) struct Stated {
     pub(crate) pod: Pod,
     pub(crate) containers: Vec<(Arc<str>, Arc<Container>)>,
+    /// What the API server counts with; empty: it does not say.
+    pub(super) version: Box<str>,
 }
 
 #[derive(Default, Deserialize)]
@@ -91,6 +93,7 @@ struct Metadata {
     name: String,
     namespace: String,
     uid: String,
+    resource_version: String,
     labels: Option<BTreeMap<String, String>>,
     annotations: Option<BTreeMap<String, String>>,
     owner_references: Option<Vec<Owner>>,
@@ -172,12 +175,13 @@ pub(super) fn parse_event(json: &[u8], wanted: &Wanted) -> Result<Stated, Box<st
 
 fn checked(object: serde_json::Result<Object>, wanted: &Wanted) -> Result<Stated, Box<str>> {
     let object = object.map_err(|error| text::clean(&error.to_string(), 200))?;
-    let metadata = object.metadata;
+    let mut metadata = object.metadata;
+    let version = std::mem::take(&mut metadata.resource_version).into();
     if metadata.uid.is_empty() || metadata.uid.len() > MAX_ID {
         return Err("a pod has a UID".into());
     }
     let containers = containers(&object.spec.unwrap_or_default(), &object.status.unwrap_or_default());
-    Ok(Stated { pod: pod(metadata, wanted), containers })
+    Ok(Stated { pod: pod(metadata, wanted), containers, version })
 }
 
 fn pod(metadata: Metadata, wanted: &Wanted) -> Pod {
@@ -218,7 +222,7 @@ fn workload(owner: &Owner, template_hash: Option<&String>) -> Vec<(&'static str,
     let group = owner.api_version.split_once('/').map_or("", |(group, _)| group);
     let attribute = |name, value: &str| (name, text::clean(value, MAX_ID));
     let name = owner.name.as_str();
-    match (group, owner.kind.as_str()) {
+    let workload: Vec<_> = match (group, owner.kind.as_str()) {
         ("apps", "ReplicaSet") => {
             let hash = template_hash.and_then(|hash| name.strip_suffix(hash.as_str())?.strip_suffix('-'));
             let deployment = hash.filter(|name| !name.is_empty()).map(|name| attribute("k8s.deployment.name", name));
@@ -232,7 +236,8 @@ fn workload(owner: &Owner, template_hash: Option<&String>) -> Vec<(&'static str,
         }
         ("", "ReplicationController") => vec![attribute("k8s.replicationcontroller.name", name)],
         _ => Vec::new(),
-    }
+    };
+    workload.into_iter().filter(|(_, name)| !name.is_empty()).collect()
 }
 
 /// A CronJob names its Jobs by the minute they are due (8 digits; before Kubernetes 1.21 the second, 10).
@@ -348,6 +353,7 @@ mod tests {
         );
         check_owner(("v1", "ReplicationController", "old", None), &[("k8s.replicationcontroller.name", "old")]);
         check_owner(("v1", "Node", "worker-1", None), &[]);
+        check_owner(("apps/v1", "StatefulSet", "", None), &[]);
         check_owner(("example.org/v1", "ReplicaSet", "x", None), &[]);
     }
 

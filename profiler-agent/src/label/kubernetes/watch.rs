@@ -92,6 +92,10 @@ pub(super) async fn follow(settings: &Settings, patience: &Patience, shared: &Sh
             Err(ApiError::Expired) => follower.version = None,
             Err(error) => {
                 shared.failed(&error);
+                if matches!(error, ApiError::Malformed(_)) {
+                    // The same would come again.
+                    follower.version = None;
+                }
                 // Credentials, addresses and authorities are read again.
                 follower.api = None;
             }
@@ -174,11 +178,18 @@ fn event(settings: &Settings, shared: &Shared, line: &[u8], version: &mut String
         let status: Of<Status> = serde_json::from_slice(line).map_err(malformed)?;
         return Err(status.object.into());
     }
+    if matches!(kind, EventKind::Added | EventKind::Modified) {
+        let pod = pod::parse_event(line, &settings.wanted);
+        let leads_to = pod.as_ref().map(|pod| pod.version.clone()).unwrap_or_default();
+        shared.put(pod);
+        if !leads_to.is_empty() {
+            *version = leads_to.into();
+            return Ok(());
+        }
+    }
     let Of { object: Versioned { metadata } } = serde_json::from_slice(line).map_err(malformed)?;
-    match kind {
-        EventKind::Added | EventKind::Modified => shared.put(pod::parse_event(line, &settings.wanted)),
-        EventKind::Deleted => shared.update(|known| known.index.delete(&metadata.uid, Instant::now())),
-        EventKind::Bookmark | EventKind::Error | EventKind::Unknown => {}
+    if kind == EventKind::Deleted {
+        shared.update(|known| known.index.delete(&metadata.uid, Instant::now()));
     }
     if !metadata.resource_version.is_empty() {
         *version = metadata.resource_version;
