@@ -233,11 +233,9 @@ fn samples_carry_their_pods() {
     let owners = values(&samples, "bare", "k8s.pod.annotation.example.com/owner");
     assert!(owners.keys().all(|owner| owner.starts_with("team") && !owner.contains('\u{1b}')), "{owners:?}");
     // What is in no pod is in no pod.
-    let strangers =
-        samples.iter().filter(|sample| !names.contains(&sample.process) && !sample.process.starts_with("runc"));
-    for sample in strangers.filter(|sample| sample.resource.contains_key("k8s.pod.name")) {
-        panic!("{} is in {:?}", sample.process, sample.resource);
-    }
+    let is_stranger = |sample: &&Sample| !names.contains(&sample.process) && !sample.process.starts_with("runc");
+    let stranger = samples.iter().filter(is_stranger).find(|sample| sample.resource.contains_key("k8s.pod.name"));
+    assert!(stranger.is_none(), "{stranger:?}");
     let asked = cluster.requests_of(&account.user);
     let verbs: Vec<&str> = asked.iter().map(|asked| asked.verb.as_str()).collect();
     println!("asked of the API server: {verbs:?}");
