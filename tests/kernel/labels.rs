@@ -25,6 +25,9 @@ const NODE: &str = "here";
 /// What a service account of our manifests may do.
 const RBAC: [&str; 3] = ["namespace.yaml", "serviceaccount.yaml", "rbac.yaml"];
 
+/// A pod whose cgroup has the first pod's container in its path.
+const FORGER: &str = "forger";
+
 /// Removes cgroups when the test ends, however it ends.
 struct Cgroups;
 
@@ -116,9 +119,12 @@ impl Job<'_> {
         // A static pod's cgroup is called by a hash of its manifest.
         let uid = pod.pointer("/metadata/annotations/kubernetes.io~1config.hash").unwrap_or(&pod["metadata"]["uid"]);
         let uid = uid.as_str().expect("a UID").replace('-', "_");
-        let path = format!(
+        let scope = format!(
             "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{uid}.slice/cri-containerd-{id}.scope"
         );
+        // Whoever may make cgroups may call them as he likes: as the first container, in a pod of another's.
+        let path =
+            if name == FORGER { format!("{scope}/kubepods/pod{}/{}", "0".repeat(32), Runc::id(0)) } else { scope };
         self.runc.start(&id, &path, &[&format!("/bin/{name}"), "1", seconds])
     }
 
@@ -166,9 +172,11 @@ fn samples_carry_their_pods() {
         objects::annotated(pod("named"), "resource.opentelemetry.io/service.name", "billing"),
         objects::annotated(objects::labelled(pod("bare"), "tier", "one"), "example.com/owner", "team\u{1b}[31m a"),
         objects::annotated(pod("static-here"), "kubernetes.io/config.hash", "0123456789abcdef0123456789abcdef"),
+        // (The API server takes 256 KiB.)
+        objects::annotated(pod(FORGER), "example.com/huge", &"long ".repeat(40_000)),
     ];
     // What each program's samples have to say, besides namespace, pod and container.
-    let expected: [(&str, &[(&str, &str)]); 7] = [
+    let expected: [(&str, &[(&str, &str)]); 8] = [
         (
             "checkout-6c1f9d-x2x",
             &[
@@ -187,6 +195,7 @@ fn samples_carry_their_pods() {
         ("named", &[("service.name", "billing")]),
         ("bare", &[("service.name", "bare"), ("k8s.pod.label.tier", "one")]),
         ("static-here", &[("service.name", "static-here")]),
+        (FORGER, &[("service.name", FORGER)]),
     ];
     let names: Vec<String> = expected.iter().map(|(name, _)| (*name).to_owned()).collect();
     let runc = Runc::new("labels-containers", "burner", &names);
@@ -232,6 +241,8 @@ fn samples_carry_their_pods() {
     // A hostile value is text and nothing else.
     let owners = values(&samples, "bare", "k8s.pod.annotation.example.com/owner");
     assert!(owners.keys().all(|owner| owner.starts_with("team") && !owner.contains('\u{1b}')), "{owners:?}");
+    let huge = values(&samples, FORGER, "k8s.pod.annotation.example.com/huge");
+    assert!(huge.keys().all(|huge| (100..=1024).contains(&huge.len())), "{huge:?}");
     // What is in no pod is in no pod.
     let is_stranger = |sample: &&Sample| !names.contains(&sample.process) && !sample.process.starts_with("runc");
     let stranger = samples.iter().filter(is_stranger).find(|sample| sample.resource.contains_key("k8s.pod.name"));
@@ -289,14 +300,17 @@ fn the_api_server_may_come_and_go() {
     running.push(start(&cluster, 2, "suspended"));
     daemon.wait_for("a pod after the pause", |state| knows(state, "suspended"));
 
-    // Stopped, and nobody remembers what objects were like: it has to be listed again. One pod is gone meanwhile and
-    // another is changed.
+    // Stopped, while the agent could not follow it, and nobody remembers what objects were like: they have to be listed
+    // again. One pod is gone meanwhile and another is changed.
+    daemon.agent.signal(Signal::SIGSTOP);
+    cluster.kill_server();
+    cluster.start_server();
     cluster.delete(&pod("first"));
     cluster.change(&pod("meanwhile"), &json!({"metadata": {"labels": {"version": "2"}}}));
     cluster.stop_server();
     cluster.forget_history();
     cluster.start_server();
-    cluster.forget_history();
+    daemon.agent.signal(Signal::SIGCONT);
     running.push(start(&cluster, 3, "forgotten"));
     daemon.wait_for("a pod after the history was lost", |state| knows(state, "forgotten"));
     running.push(start(&cluster, 4, "last"));
@@ -321,5 +335,8 @@ fn the_api_server_may_come_and_go() {
     println!("versions of a pod that was changed: {versions:?}");
     assert!(versions["2"] > 0 && versions["1"] > 0);
     let asked = cluster.requests_of(&account.user);
+    let lists = asked.iter().filter(|asked| asked.verb == "list" && asked.status == Some(200)).count();
+    println!("{lists} lists and {} watches", asked.len() - lists);
+    assert!(lists >= 2, "nothing was listed again: {asked:?}");
     assert!(asked.iter().all(|asked| asked.verb == "list" || asked.verb == "watch"), "{asked:?}");
 }
