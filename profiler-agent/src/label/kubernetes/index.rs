@@ -141,13 +141,16 @@ impl Index {
 
     /// Whose a cgroup is. The outermost container that is known decides: inner ones are made by who runs in it.
     pub(crate) fn find(&self, cgroup: &Cgroup) -> Option<Found> {
-        let named = cgroup.pod_uid.as_ref().and_then(|uid| self.pod(uid));
+        let by_uid = cgroup.pod_uid.as_ref().and_then(|uid| self.pods.get(uid));
+        let by_hash = cgroup.pod_uid.as_ref().and_then(|hash| self.pods.get(self.hashes.get(&**hash)?));
         let owners = cgroup.containers.iter().enumerate().filter_map(|(depth, id)| {
             let entry = self.pods.get(self.containers.get(id)?)?;
-            let is_believed = match named {
+            let is = |pod: &Entry| pod.pod.uid == entry.pod.uid;
+            let is_believed = match by_uid {
                 // The cgroup's path says which pod it is in: no container in there is in another.
-                Some(named) => named.pod.uid == entry.pod.uid,
-                None => cgroup.pod_uid.is_none() || depth == 0,
+                Some(pod) => is(pod),
+                // (Who makes a pod can write the hash of another into it, but no container's ID into its status.)
+                None => cgroup.pod_uid.is_none() || depth == 0 || by_hash.is_some_and(is),
             };
             is_believed.then_some((entry, id))
         });
@@ -156,7 +159,7 @@ impl Index {
             let container = entry.containers.iter().find(|(other, _)| other == id).cloned();
             return Some(Found { pod: Arc::clone(&entry.pod), container });
         }
-        named.map(|entry| Found { pod: Arc::clone(&entry.pod), container: None })
+        by_uid.or(by_hash).map(|entry| Found { pod: Arc::clone(&entry.pod), container: None })
     }
 
     /// Whether nothing more is to be expected about a cgroup.
@@ -176,11 +179,6 @@ impl Index {
         (self.pods.len(), self.containers.len(), self.bytes, self.refused)
     }
 
-    /// The pod that a cgroup's path names.
-    fn pod(&self, named: &str) -> Option<&Entry> {
-        self.pods.get(named).or_else(|| self.pods.get(self.hashes.get(named)?))
-    }
-
     fn insert(&mut self, entry: Entry) {
         let uid: Arc<str> = (&*entry.pod.uid).into();
         self.bytes += entry.bytes;
@@ -188,7 +186,11 @@ impl Index {
             self.containers.insert(Arc::clone(id), Arc::clone(&uid));
         }
         if let Some(hash) = &entry.pod.config_hash {
-            self.hashes.insert(hash.clone(), Arc::clone(&uid));
+            // Who had it first keeps it while it is there: the annotation is anybody's to write.
+            let owner = self.hashes.get(hash).and_then(|owner| self.pods.get(owner));
+            if owner.is_none_or(|owner| owner.gone.is_some()) {
+                self.hashes.insert(hash.clone(), Arc::clone(&uid));
+            }
         }
         self.pods.insert(uid, entry);
     }
@@ -286,6 +288,17 @@ mod tests {
         index.put(stated("u2", None, &[("c2", "app")]), now);
         check(&index, &["new", "c2"], Some("u1"), Some(("u1", None)));
         check(&index, &["new", "c2"], Some("u9"), None);
+        // The same goes for who writes a static pod's hash into another pod.
+        index.put(stated("static", Some("0f0f"), &[("c3", "etcd")]), now);
+        index.put(stated("false", Some("0f0f"), &[("c4", "app")]), now);
+        check(&index, &["c3"], Some("0f0f"), Some(("static", Some("c3"))));
+        check(&index, &["sandbox"], Some("0f0f"), Some(("static", None)));
+        index.put(stated("earlier", Some("1f1f"), &[("c5", "app")]), now);
+        index.put(stated("late", Some("1f1f"), &[("c6", "etcd")]), now);
+        check(&index, &["c6"], Some("1f1f"), Some(("late", Some("c6"))));
+        index.delete("static", now);
+        index.put(stated("again", Some("0f0f"), &[("c7", "etcd")]), now);
+        check(&index, &["sandbox"], Some("0f0f"), Some(("again", None)));
     }
 
     /// Restarted containers and pods that are gone are known for a while, and not for ever.
