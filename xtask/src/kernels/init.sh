@@ -47,7 +47,8 @@ containers() {
     pod=/sys/fs/cgroup/kubepods/burstable/pod2d8a3c1e-0f4b-4c56-9d7e-8a9b0c1d2e3f
     echo containers >/tmp/run
     mkdir -p "$pod/$early"
-    sh -c "echo \$\$ >$pod/$early/cgroup.procs; exec /shapes chain 10" >/dev/null &
+    sh -c "echo \$\$ >$pod/$early/cgroup.procs; exec /shapes chain 600" >/dev/null &
+    program=$!
     /profiler-agent record --frequency 99 --duration 10s --output /tmp/containers.otlp 2>/tmp/stderr &
     agent=$!
     until grep -q sampling /tmp/stderr; do sleep 0.2; done
@@ -56,6 +57,7 @@ containers() {
     sh -c "echo \$\$ >$pod/$late/cgroup.procs; exec /shapes chain 3" >/dev/null
     rmdir "$pod/$late"
     wait $agent
+    kill $program
     # An attribute's text stands in a recording as it is.
     found=
     for container in early late; do
