@@ -1,6 +1,6 @@
 //! Recordings in OTLP's format, read back: samples, and all that is told about their frames.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use opentelemetry_proto::tonic::{
     collector::profiles::v1development::ExportProfilesServiceRequest,
@@ -48,6 +48,14 @@ pub struct Sample {
     pub frames: Vec<Arc<Frame>>,
     /// How many.
     pub count: u64,
+}
+
+/// How long a recording of one window lasted.
+pub fn duration(recording: &[u8]) -> Duration {
+    let request = ExportProfilesServiceRequest::decode(recording).expect("an export request");
+    let scopes = request.resource_profiles.iter().flat_map(|resource| &resource.scope_profiles);
+    let profiles = scopes.flat_map(|scope| &scope.profiles);
+    Duration::from_nanos(profiles.map(|profile| profile.duration_nano).max().unwrap_or_default())
 }
 
 /// Every sample of a recording.

@@ -57,7 +57,8 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
         return Err(format!("setup takes no argument {unknown:?}"));
     }
     for_build(workspace)?;
-    for_tests(workspace)
+    for_tests(workspace)?;
+    programs(workspace)
 }
 
 /// What building needs: a compiler with `core` for BPF, and bpf-linker.
@@ -80,7 +81,7 @@ pub(crate) fn for_build(workspace: &Path) -> Outcome {
 }
 
 /// What the tests need besides: compilers, runtimes and servers to profile, Python with the OTLP types, Go's pprof, VMs,
-/// containers, receivers, Kubernetes.
+/// containers.
 pub(crate) fn for_tests(workspace: &Path) -> Outcome {
     let missing: Vec<&[&str]> =
         TEST_PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, packages)| *packages).collect();
@@ -113,7 +114,11 @@ pub(crate) fn for_tests(workspace: &Path) -> Outcome {
             .args(["grpcio", "opentelemetry-proto>=1.40"]))?;
     }
     unpack_python(&workspace.join("target/distribution"))?;
-    container_root(workspace)?;
+    container_root(workspace)
+}
+
+/// The programs that tests talk to: receivers, Kubernetes. They take minutes to build, and Go alone.
+pub(crate) fn programs(workspace: &Path) -> Outcome {
     receivers::build(workspace)?;
     cluster::build(workspace)
 }

@@ -3,11 +3,11 @@
 //! Tests that need the kernel run wherever `profiler-agent check` says that sampling is possible; there, one
 //! that does not run is a failure. Elsewhere they are skipped loudly, and counted.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path, process::Command, thread};
 
 use crate::{
     Outcome, kernels,
-    process::{cargo, is_root, run},
+    process::{cargo, find, is_root, run},
     setup, tidy,
 };
 
@@ -22,8 +22,22 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
         _ => return Err(format!("usage: cargo xtask test [--only {}]", GROUPS.join("|"))),
     };
     let wanted = |group: &str| only.is_none_or(|only| only == group);
-    setup::for_build(workspace)?;
-    setup::for_tests(workspace)?;
+    let needs_programs = ["deploy", "kernel"].into_iter().any(wanted);
+    thread::scope(|scope| {
+        let build = || scope.spawn(|| if needs_programs { setup::programs(workspace) } else { Ok(()) });
+        // While packages are installed and programs are linked, there is a CPU for Go: the sooner it begins, the better.
+        let begun = find("go").map(|_| build());
+        setup::for_build(workspace)?;
+        setup::for_tests(workspace)?;
+        let programs = begun.unwrap_or_else(build);
+        by_themselves(workspace, wanted)?;
+        programs.join().map_err(|_| "building the tests' programs ended in a panic")??;
+        with_programs(workspace, wanted)
+    })
+}
+
+/// The groups that need nothing but what cargo builds.
+fn by_themselves(workspace: &Path, wanted: impl Fn(&str) -> bool) -> Outcome {
     if wanted("tidy") {
         tidy::main(workspace)?;
     }
@@ -38,33 +52,27 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
             "profiler-tests",
         ]))?;
     }
-    if !["cli", "deploy", "kernel", "kernels"].into_iter().any(wanted) {
-        return Ok(());
+    if ["cli", "deploy", "kernel", "kernels"].into_iter().any(&wanted) {
+        run(cargo(workspace).args(["build", "--release", "--package", "profiler-agent"]))?;
     }
-    run(cargo(workspace).args(["build", "--release", "--package", "profiler-agent"]))?;
-    let tests = |target: &str| {
-        let mut tests = cargo(workspace);
-        tests.args([
-            "test",
-            "--release",
-            "--package",
-            "profiler-tests",
-            "--test",
-            target,
-            "--",
-            "--test-threads=1",
-            "--nocapture",
-        ]);
-        tests
-    };
-    for group in ["cli", "deploy"].into_iter().filter(|group| wanted(group)) {
-        run(&mut tests(group))?;
+    if ["deploy", "kernel"].into_iter().any(&wanted) {
+        let mut compile = cargo(workspace);
+        compile.args(["test", "--release", "--package", "profiler-tests", "--no-run"]);
+        run(compile.args(["--test", "cli", "--test", "deploy", "--test", "kernel"]))?;
+    }
+    if wanted("cli") { run(&mut tests(workspace, "cli")) } else { Ok(()) }
+}
+
+/// The groups that talk to programs of others' making, and those that are disturbed by what else is being built.
+fn with_programs(workspace: &Path, wanted: impl Fn(&str) -> bool) -> Outcome {
+    if wanted("deploy") {
+        run(&mut tests(workspace, "deploy"))?;
     }
     if wanted("kernel") {
         if machine_can_sample() {
             // An agent that says otherwise is a failure, not a reason to skip.
             run(Command::new(workspace.join("target/release/profiler-agent")).arg("check"))?;
-            run(tests("kernel").env("PROFILER_REQUIRE_KERNEL", "1"))?;
+            run(tests(workspace, "kernel").env("PROFILER_REQUIRE_KERNEL", "1"))?;
         } else {
             eprintln!("xtask: SKIPPED: this machine cannot sample; no test of group `kernel` runs");
         }
@@ -76,6 +84,14 @@ pub(crate) fn main(workspace: &Path, arguments: &[String]) -> Outcome {
         }
     }
     Ok(())
+}
+
+/// Runs tests of the crate `profiler-tests`, one after another.
+fn tests(workspace: &Path, target: &str) -> Command {
+    let mut tests = cargo(workspace);
+    tests.args(["test", "--release", "--package", "profiler-tests", "--test", target]);
+    tests.args(["--", "--test-threads=1", "--nocapture"]);
+    tests
 }
 
 /// Whether this machine can run the kernel programs, found out without asking the agent under test: root with

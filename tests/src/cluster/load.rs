@@ -40,8 +40,9 @@ pub struct LoadedPod {
     pub uid: String,
     /// Its containers' names and IDs.
     pub containers: Vec<(String, String)>,
+    /// How often its first container was replaced by another.
+    pub restarts: usize,
     workload: usize,
-    restarts: usize,
 }
 
 /// What was done to pods.
@@ -151,8 +152,8 @@ impl<'a> PodLoad<'a> {
             uid: made["metadata"]["uid"].as_str().unwrap_or_default().to_owned(),
             containers: containers.map(|container| (container.to_owned(), container_id(&name, container, 0))).collect(),
             name,
-            workload,
             restarts: 0,
+            workload,
         };
         self.cluster.set_pod_status(NAMESPACE, &pod.name, &status(&pod));
         self.pods.push_back(pod);

@@ -17,7 +17,7 @@ pub use self::{
 use std::{
     fs::{self, OpenOptions},
     net::TcpStream,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output},
     time::Duration,
 };
@@ -201,6 +201,11 @@ impl Cluster {
         };
         let now = ask("/v3/kv/range", json!({"key": "AA=="}));
         ask("/v3/kv/compaction", json!({"revision": now["header"]["revision"], "physical": true}));
+    }
+
+    /// Its files, and any that a test gives to `kubectl`.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// A client with another token than the administrator's.
