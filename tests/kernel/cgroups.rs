@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     sync::{
         Mutex,
@@ -142,6 +142,40 @@ fn every_layout_is_read() {
             assert!(right > 10 && wrong == 0);
         }
         assert_eq!(verdicts(&samples, &containers)[2], 0);
+    }
+}
+
+/// A process in the cgroup of a systemd service is that service, whatever it is called itself.
+#[test]
+fn systemd_services_are_services() {
+    if !kernel_is_usable() {
+        return;
+    }
+    struct Removed(PathBuf);
+    impl Drop for Removed {
+        fn drop(&mut self) {
+            // The program has been waited for, or its test has failed.
+            let _ = fs::remove_dir(&self.0);
+        }
+    }
+    let by_controller = Path::new("/sys/fs/cgroup/pids");
+    let mount = if by_controller.is_dir() { by_controller } else { Path::new("/sys/fs/cgroup") };
+    let cgroup = Removed(mount.join("system.slice/profiler-test.service"));
+    fs::create_dir_all(&cgroup.0).expect("a cgroup");
+    let burner = workload("burner");
+    let script = format!("echo $$ >{}; exec {} 1 5", cgroup.0.join("cgroup.procs").display(), burner.display());
+    let program = Background::start(Command::new("sh").args(["-c", &script]));
+    let recording = scratch("services").join("machine.otlp");
+    let agent = Background::start(record(&["--frequency", "199", "--duration", "60s", "--output"]).arg(&recording));
+    let pid = i64::from(program.pid());
+    assert!(program.finish().status.success());
+    let samples = read(&recording, agent);
+    // (The shell was not in the cgroup from the beginning.)
+    let mut of_burner = samples.iter().filter(|sample| sample.pid == pid && sample.process == "burner").peekable();
+    assert!(of_burner.peek().is_some());
+    for sample in of_burner {
+        let said = ["service.name", "systemd.unit"].map(|name| sample.resource.get(name).map(String::as_str));
+        assert_eq!(said, [Some("profiler-test"), Some("profiler-test.service")], "{sample:?}");
     }
 }
 
