@@ -148,7 +148,7 @@ const BUDGET_KIB: i64 = 10 << 10;
 /// Pods of the load of which a container is started in the end.
 const CHECKED: usize = 8;
 /// The program that keeps the CPUs busy, and its pod.
-const BURNER: &str = "burner";
+const BURNER: &str = "busy-burner";
 
 /// A daemon on a busy node.
 struct Daemon {
@@ -298,14 +298,14 @@ fn a_busy_node_is_cheap_to_follow() {
     println!("{PODS} pods made in {:.1?}, a list of {} KiB", begun.elapsed(), load.list_length() / 1024);
 
     let _cgroups = Cgroups;
-    let runc = Runc::new("kubernetes-load-containers", BURNER, &["known".to_owned()]);
+    let runc = Runc::new("kubernetes-load-containers", "burner", &[BURNER, "known"].map(str::to_owned));
     let id = Runc::id(0);
     let pod = objects::pod("load", BURNER, "busy", &[BURNER]);
     let pod = cluster.run_pod(&pod, &[(BURNER, &format!("containerd://{id}"))]);
     let place = cgroup(pod["metadata"]["uid"].as_str().expect("a UID"), &id);
     // As many threads as there are CPUs: they are never idle. Everything else comes first.
     let threads = thread::available_parallelism().map_or(1, usize::from).to_string();
-    let burner = runc.command(&id, &place, &["/bin/burner", &threads, &(seconds + 900).to_string()]);
+    let burner = runc.command(&id, &place, &[&format!("/bin/{BURNER}"), &threads, &(seconds + 900).to_string()]);
     let nice = ["-n", "19"].map(OsStr::new).into_iter().chain([burner.get_program()]).chain(burner.get_args());
     let burner = Background::start(Command::new("nice").args(nice));
 
