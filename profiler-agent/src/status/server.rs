@@ -1,11 +1,11 @@
 //! The status endpoint: `/metrics`, `/healthz`, `/readyz`, `/debug/state`.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
 
 use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
-    body::{Bytes, Incoming},
+    body::Bytes,
     header::{CONTENT_TYPE, HeaderValue},
     server::conn::http1,
     service::service_fn,
@@ -27,8 +27,8 @@ pub async fn serve(listener: TcpListener, stats: Arc<Stats>) {
     loop {
         // SANITY: the semaphore is never closed.
         let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match listener.accept().await {
+            Ok((stream, peer)) => (stream, peer.ip().to_canonical()),
             Err(error) => {
                 debug!("a status connection was not accepted: {error}");
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -38,7 +38,7 @@ pub async fn serve(listener: TcpListener, stats: Arc<Stats>) {
         let stats = Arc::clone(&stats);
         tokio::spawn(async move {
             let service = service_fn(|request| {
-                let response = answer(&request, &stats);
+                let response = answer(&request, peer, &stats);
                 async { Ok::<_, Infallible>(response) }
             });
             let connection = http1::Builder::new()
@@ -53,7 +53,7 @@ pub async fn serve(listener: TcpListener, stats: Arc<Stats>) {
     }
 }
 
-fn answer(request: &Request<Incoming>, stats: &Stats) -> Response<Full<Bytes>> {
+fn answer<B>(request: &Request<B>, peer: IpAddr, stats: &Stats) -> Response<Full<Bytes>> {
     if request.method() != Method::GET && request.method() != Method::HEAD {
         return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is supported\n".to_owned());
     }
@@ -65,6 +65,11 @@ fn answer(request: &Request<Incoming>, stats: &Stats) -> Response<Full<Bytes>> {
                 .insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8"));
             response
         }
+        // Others learn how the agent is, not what runs on its machine.
+        "/debug/state" if !peer.is_loopback() => text(
+            StatusCode::FORBIDDEN,
+            "only from the agent's own machine or pod: try `kubectl port-forward`\n".to_owned(),
+        ),
         "/debug/state" => {
             let mut response = text(StatusCode::OK, state::render(stats));
             response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -82,4 +87,29 @@ fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use super::*;
+
+    /// What runs on the machine is told to the machine alone; how the agent is, to everybody who may connect.
+    #[test]
+    fn others_are_told_less() {
+        let stats = Stats::default();
+        let ask = |path: &str, peer: IpAddr| {
+            let request = Request::builder().uri(path).body(()).expect("a request");
+            answer(&request, peer, &stats).status()
+        };
+        let far: IpAddr = Ipv4Addr::new(10, 0, 0, 7).into();
+        for near in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
+            assert_eq!(ask("/debug/state", near), StatusCode::OK);
+        }
+        assert_eq!(ask("/debug/state", far), StatusCode::FORBIDDEN);
+        for (path, status) in [("/metrics", 200), ("/healthz", 200), ("/readyz", 503), ("/", 404)] {
+            assert_eq!(ask(path, far), status, "{path}");
+        }
+    }
 }
