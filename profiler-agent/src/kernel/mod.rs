@@ -169,6 +169,8 @@ pub struct Kernel {
     waits: Option<WaitPrograms>,
     waits_refused: Option<KernelError>,
     cgroups_refused: Option<KernelError>,
+    /// Until somebody takes it.
+    side_band: Option<io::Result<SideBand>>,
     small: DoubleBuffer,
     medium: DoubleBuffer,
     large: DoubleBuffer,
@@ -264,6 +266,7 @@ impl Kernel {
             waits,
             waits_refused,
             cgroups_refused,
+            side_band: None,
             small,
             medium,
             large,
@@ -277,8 +280,9 @@ impl Kernel {
         })
     }
 
-    /// Attaches the process notices: from here on every fork, exec and exit is announced.
+    /// Attaches the process notices: from here on every fork, exec and exit is announced, and new code is recorded.
     pub fn attach_notices(&mut self) -> Result<(), KernelError> {
+        self.side_band = Some(SideBand::open());
         for name in ["process_fork", "process_exec", "process_exit"] {
             let program: &mut BtfTracePoint = program(&mut self.ebpf, name)?;
             program.attach().map_err(|error| KernelError::Program { program: name, error })?;
@@ -378,9 +382,12 @@ impl Kernel {
             .ok()
     }
 
-    /// Code as it appears, on every online CPU.
-    pub fn side_band(&self) -> Result<SideBand, KernelError> {
-        SideBand::open().map_err(|error| KernelError::System { what: "opening the records of new mappings", error })
+    /// Code as it appears, on every online CPU, since notices were attached.
+    pub fn side_band(&mut self) -> Result<SideBand, KernelError> {
+        self.side_band
+            .take()
+            .unwrap_or_else(SideBand::open)
+            .map_err(|error| KernelError::System { what: "opening the records of new mappings", error })
     }
 
     /// The maps of unwind tables.
