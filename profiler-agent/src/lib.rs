@@ -16,6 +16,7 @@ pub mod kernel;
 pub mod label;
 pub mod pipeline;
 pub mod process;
+mod process_root;
 pub mod profile;
 mod ranges;
 mod regular_file;

@@ -1,18 +1,11 @@
 //! The machine that samples were taken on.
 
-use std::{
-    fs::{File, OpenOptions},
-    io::Read as _,
-    os::unix::fs::OpenOptionsExt as _,
-};
+use std::io::Read as _;
 
-use nix::{
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
-    libc,
-};
+use nix::fcntl::OFlag;
 
 use super::text;
-use crate::{profile::ResourceValue, regular_file};
+use crate::{process_root::Root, profile::ResourceValue, regular_file};
 
 /// Bytes of a file that says something about the machine.
 const MAX_FILE: u64 = 64 << 10;
@@ -47,12 +40,7 @@ fn arch() -> &'static str {
 
 /// A file of the host's: that of its first process, which in a container is not ours. Links do not lead out of there.
 fn read(path: &str) -> Option<String> {
-    let mut options = OpenOptions::new();
-    let root: File = options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open("/proc/1/root").ok()?;
-    let how = OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    let place = openat2(&root, path, how).ok().map(File::from)?;
+    let place = Root::of(1)?.look_up(path, OFlag::empty())?;
     let mut text = String::new();
     regular_file::reopen(&place).ok()?.take(MAX_FILE).read_to_string(&mut text).ok()?;
     Some(text)

@@ -10,7 +10,6 @@ pub(crate) mod fuzzing;
 mod mappings;
 mod proc_fs;
 mod published;
-mod root;
 mod runtime_code;
 mod split_debug;
 mod stack;

@@ -21,9 +21,9 @@ use tracing::debug;
 use super::{
     executables,
     proc_fs::{MapsLine, Status, is_running, parse_status},
-    root::Root,
 };
 use crate::{
+    process_root::Root,
     profile::{RuntimeCode, RuntimeFile, RuntimeFileKind},
     regular_file,
 };

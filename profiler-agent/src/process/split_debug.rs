@@ -7,8 +7,7 @@ use std::{fs::File, path::Path, sync::Arc};
 
 use nix::fcntl::OFlag;
 
-use super::root::Root;
-use crate::{elf, profile::SplitDebug, regular_file};
+use crate::{elf, process_root::Root, profile::SplitDebug, regular_file};
 
 /// Where distributions put debug files.
 const DEBUG_FOLDER: &str = "/usr/lib/debug";

@@ -11,11 +11,11 @@ use nix::{
 };
 
 /// The root folder of a process.
-pub(super) struct Root(File);
+pub(crate) struct Root(File);
 
 impl Root {
     /// `None`: the process is gone, or we may not look.
-    pub(super) fn of(tgid: u32) -> Option<Self> {
+    pub(crate) fn of(tgid: u32) -> Option<Self> {
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY);
         options.open(format!("/proc/{tgid}/root")).ok().map(Self)
@@ -23,13 +23,13 @@ impl Root {
 
     /// A folder as if it were the root of a process.
     #[cfg(test)]
-    pub(super) fn at(folder: &std::path::Path) -> Self {
+    pub(crate) fn at(folder: &std::path::Path) -> Self {
         Self(File::open(folder).expect("a folder"))
     }
 
     /// Looks up a path inside of it, without opening what is there. No link leads out of it; `flags` may say more about
     /// links.
-    pub(super) fn look_up(&self, path: &str, flags: OFlag) -> Option<File> {
+    pub(crate) fn look_up(&self, path: &str, flags: OFlag) -> Option<File> {
         let how = OpenHow::new()
             .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | flags)
             .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
