@@ -255,18 +255,12 @@ impl FrameNamer {
     fn resolve_files(&mut self, mut files: Places, patience: Duration, waits_again: bool) {
         let deadline = Instant::now() + patience;
         files.retain(|_, (executable, offsets)| !self.try_resolve(executable, offsets));
-        while files.keys().any(|&id| waits_again || !self.symbols.is_slow(id)) {
-            let is_over = Instant::now() >= deadline;
-            match self.next_ready(deadline) {
-                Some(id) => {
-                    if let Some((executable, offsets)) = files.remove(&id)
-                        && !self.try_resolve(&executable, &offsets)
-                    {
-                        files.insert(id, (executable, offsets));
-                    }
-                }
-                None if is_over => break,
-                None => {}
+        while Instant::now() < deadline && files.keys().any(|&id| waits_again || !self.symbols.is_slow(id)) {
+            if let Some(id) = self.next_ready(deadline)
+                && let Some((executable, offsets)) = files.remove(&id)
+                && !self.try_resolve(&executable, &offsets)
+            {
+                files.insert(id, (executable, offsets));
             }
         }
         for (id, (executable, offsets)) in files {
