@@ -4,9 +4,11 @@
 //! share the nouns in [`profile`] and meet only in [`pipeline`].
 
 pub mod aggregate;
+pub mod allowance;
 pub mod cgroups;
 pub mod cli;
 pub mod config;
+pub mod control;
 mod elf;
 pub mod export;
 #[cfg(fuzzing)]

@@ -14,8 +14,10 @@
 //! the queue of profiles is closed behind the last one.
 
 mod collector;
+mod pace;
 
 use std::{
+    collections::VecDeque,
     sync::{
         Arc,
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
@@ -25,12 +27,14 @@ use std::{
 };
 
 use anyhow::Context as _;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, error, warn};
 
-use self::collector::Collector;
+use self::collector::{Collector, Orders};
+pub use self::pace::Pace;
 use crate::{
     aggregate::Window,
+    allowance::Allowance,
     cgroups::Cgroups,
     kernel::{Kernel, KernelError},
     label::{self, Labeller},
@@ -50,7 +54,7 @@ const BATCH_QUEUE: usize = 2;
 /// Windows that may wait for the labeller: it waits for metadata, and never longer than a window.
 const WINDOW_QUEUE: usize = 2;
 /// Profiles that may wait for the exporters.
-const PROFILE_QUEUE: usize = 4;
+pub const PROFILE_QUEUE: usize = 4;
 
 /// How long the namer waits for a file before it leaves its frames pending: until the window closes, and once more then.
 const NAMING_PATIENCE: Duration = Duration::from_secs(1);
@@ -70,18 +74,18 @@ pub fn rows_per_second(events: Events, frequency: u64) -> u64 {
 pub struct Options {
     /// What is recorded.
     pub events: Events,
-    /// CPU time one sample stands for.
-    pub period: Duration,
+    /// How closely, at first.
+    pub pace: Pace,
     /// How long a window stays open; `None`: until the end.
     pub window: Option<Duration>,
-    /// Bytes for named frames and for symbols of files.
-    pub names_bytes: usize,
     /// Who is asked for debug files that this machine does not have.
     pub debuginfod: Option<Arc<Debuginfod>>,
     /// Whether source lines and inlined functions are looked for.
     pub source: SourceOptions,
     /// Most bytes of kernel memory for the rows of unwind tables.
     pub unwind_table_bytes: usize,
+    /// CPU time for reading symbols and building unwind tables.
+    pub allowance: Arc<Allowance>,
     /// Whose samples they are.
     pub labels: label::Options,
     /// Report when all of these processes have exited.
@@ -94,11 +98,14 @@ struct Batch {
     /// What came and went in the kernel since the last batch.
     kernel_code: KernelChanges,
     closes_window: bool,
+    /// How what comes after this batch is collected, where that changes; it closes the window then.
+    next: Option<Pace>,
 }
 
 /// A running pipeline.
 pub struct Pipeline {
     stop: Option<oneshot::Sender<()>>,
+    pace: watch::Sender<Pace>,
     collector: JoinHandle<Result<(), KernelError>>,
     namer: JoinHandle<()>,
     labeller: JoinHandle<()>,
@@ -111,12 +118,13 @@ impl Pipeline {
     pub fn start(
         mut kernel: Kernel,
         options: Options,
+        profile_sender: mpsc::Sender<Profile>,
         stats: &Arc<Stats>,
-    ) -> anyhow::Result<(Self, mpsc::Receiver<Profile>)> {
+    ) -> anyhow::Result<Self> {
         let (batch_sender, batches) = sync_channel(BATCH_QUEUE);
         let (window_sender, windows) = sync_channel(WINDOW_QUEUE);
-        let (profile_sender, profiles) = mpsc::channel(PROFILE_QUEUE);
         let (stop, stopped) = oneshot::channel();
+        let (pace, new_pace) = watch::channel(options.pace.clone());
         let (report_exit, watched_exited) = oneshot::channel();
         let namer = {
             let (options, stats) = (options.clone(), Arc::clone(stats));
@@ -136,8 +144,9 @@ impl Pipeline {
             warn!("off-CPU time is not recorded: {error}");
         }
         let published = Published::new(kernel.take_mappings()?);
-        let tables = TableBuilder::start(kernel.take_tables()?, options.unwind_table_bytes)
-            .context("the thread that builds unwind tables could not be started")?;
+        let tables =
+            TableBuilder::start(kernel.take_tables()?, options.unwind_table_bytes, Arc::clone(&options.allowance))
+                .context("the thread that builds unwind tables could not be started")?;
         let collector = {
             let stats = Arc::clone(stats);
             thread::Builder::new()
@@ -152,12 +161,14 @@ impl Pipeline {
                         waits: options.events.includes_off_cpu().then(WaitBook::default),
                         kernel_code: KernelChanges::default(),
                         batches: batch_sender,
-                        waiting: None,
+                        waiting: VecDeque::new(),
                         stats,
+                        pace: options.pace,
+                        turn: 0,
                         watch: options.watch.unwrap_or_default(),
                         report_exit: Some(report_exit),
                     };
-                    let outcome = collector.run(options.window, stopped);
+                    let outcome = collector.run(options.window, Orders { stopped, pace: new_pace });
                     if let Err(error) = &outcome {
                         error!("collection ended: {error}");
                     }
@@ -165,7 +176,7 @@ impl Pipeline {
                 })
                 .context("the collector thread could not be started")?
         };
-        Ok((Self { stop: Some(stop), collector, namer, labeller, watched_exited }, profiles))
+        Ok(Self { stop: Some(stop), pace, collector, namer, labeller, watched_exited })
     }
 
     /// Asks the pipeline to stop the clock and flush; profiles still to come follow on the queue.
@@ -174,6 +185,15 @@ impl Pipeline {
             // An error means that the collector has ended already.
             let _ = stop.send(());
         }
+    }
+
+    /// Goes on at another pace; a window ends where one does.
+    pub fn set_pace(&self, pace: Pace) {
+        self.pace.send_if_modified(|current| {
+            let is_new = *current != pace;
+            *current = pace;
+            is_new
+        });
     }
 
     /// Waits for the threads. Call after the queue of profiles has closed.
@@ -193,8 +213,10 @@ fn name_batches(
     options: &Options,
     stats: &Stats,
 ) {
-    let mut namer = FrameNamer::new(options.names_bytes, options.debuginfod.clone(), options.source);
-    let mut window = Window::open(options.events, options.period);
+    let mut pace = options.pace.clone();
+    let mut namer =
+        FrameNamer::new(pace.names_bytes, options.debuginfod.clone(), options.source, Arc::clone(&options.allowance));
+    let mut window = Window::open(options.events, pace.period(), Arc::clone(&pace.marks));
     let patience = if options.window.is_some() { NAMING_PATIENCE } else { LAST_PATIENCE };
     let close = |window: &mut Window, namer: &mut FrameNamer| {
         let mut profile = window.close();
@@ -213,8 +235,16 @@ fn name_batches(
             window.add(sample, frames);
         }
         stats.set_symbolize(namer.stats());
-        if batch.closes_window || window.is_full() {
+        // (Where nothing was collected, nothing being seen says nothing.)
+        let has_something = pace.collects || !window.is_empty();
+        if (batch.closes_window || batch.next.is_some() || window.is_full()) && has_something {
             close(&mut window, &mut namer);
+        }
+        if let Some(next) = batch.next {
+            window = Window::open(options.events, next.period(), Arc::clone(&next.marks));
+            namer.set_budget(next.names_bytes);
+            namer.set_source(next.detail.then_some(options.source));
+            pace = next;
         }
     }
     if !window.is_empty() {

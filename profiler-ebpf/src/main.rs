@@ -9,6 +9,7 @@
 mod aggregate;
 mod capture;
 mod cgroup;
+mod cost;
 mod layout;
 mod lifecycle;
 mod maps;
@@ -74,31 +75,31 @@ pub fn off_cpu_wake(ctx: BtfTracePointContext) -> i32 {
 
 #[btf_tracepoint(function = "sched_process_fork")]
 pub fn process_fork(ctx: BtfTracePointContext) -> i32 {
-    lifecycle::fork(&ctx);
+    cost::of_notice(|| lifecycle::fork(&ctx));
     0
 }
 
 #[btf_tracepoint(function = "sched_process_exec")]
 pub fn process_exec(ctx: BtfTracePointContext) -> i32 {
-    lifecycle::exec(&ctx);
+    cost::of_notice(|| lifecycle::exec(&ctx));
     0
 }
 
 #[btf_tracepoint(function = "sched_process_exit")]
 pub fn process_exit(ctx: BtfTracePointContext) -> i32 {
-    lifecycle::exit(&ctx);
+    cost::of_notice(|| lifecycle::exit(&ctx));
     0
 }
 
 #[btf_tracepoint(function = "cgroup_mkdir")]
 pub fn cgroup_made(ctx: BtfTracePointContext) -> i32 {
-    cgroup::made(&ctx);
+    cost::of_notice(|| cgroup::made(&ctx));
     0
 }
 
 #[btf_tracepoint(function = "cgroup_rmdir")]
 pub fn cgroup_removed(ctx: BtfTracePointContext) -> i32 {
-    cgroup::removed(&ctx);
+    cost::of_notice(|| cgroup::removed(&ctx));
     0
 }
 

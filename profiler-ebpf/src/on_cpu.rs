@@ -12,7 +12,7 @@ use profiler_common::{
 };
 
 use crate::{
-    aggregate, capture,
+    aggregate, capture, cost,
     maps::{self, WALK_ON, count},
     scope,
     unwind::{self, Scratch},
@@ -35,6 +35,7 @@ pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&PerfEventContext, &mut Scra
         return;
     }
     count(Counter::Seen);
+    let began = cost::now();
     let Some(scratch) = maps::scratch(maps::ON_CPU) else {
         count(Counter::LostScratch);
         return;
@@ -42,6 +43,7 @@ pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&PerfEventContext, &mut Scra
     // SAFETY: this CPU's scratch is used by one sampling program at a time; the map value is initialized.
     let scratch = unsafe { &mut *scratch };
 
+    scratch.began_ns = began;
     capture::identify(&mut scratch.sample.header, task, tgid, EventKind::OnCpu as u8);
     scratch.sample.header.count = 1;
     scratch.frames = 0;
@@ -75,6 +77,7 @@ fn finish(scratch: &mut Scratch) {
     capture::complete(scratch);
     // What finds no room is counted there.
     let _is_counted = aggregate::add(scratch);
+    cost::charge(Counter::OnCpuNs, scratch.began_ns);
 }
 
 /// Copies the registers at the moment of the interrupt, of user or kernel mode.

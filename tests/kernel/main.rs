@@ -10,6 +10,7 @@ mod daemon;
 mod debuginfod;
 mod delivery;
 mod deployment;
+mod guardrails;
 mod hostile;
 mod kubernetes;
 mod labels;

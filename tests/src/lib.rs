@@ -16,6 +16,7 @@ use nix::{
 
 pub mod cluster;
 pub mod container;
+pub mod programs;
 pub mod receiver;
 pub mod recorded;
 pub mod stopped;

@@ -48,6 +48,10 @@ pub struct Sample {
     pub frames: Vec<Arc<Frame>>,
     /// How many.
     pub count: u64,
+    /// How long: on the CPU, or off it where it is a wait; nanoseconds.
+    pub time_ns: u64,
+    /// Attributes of its profile.
+    pub marks: Arc<BTreeMap<String, String>>,
 }
 
 /// How long a recording of one window lasted.
@@ -73,7 +77,14 @@ pub fn samples(recording: &[u8]) -> Vec<Sample> {
         for profile in resource.scope_profiles.iter().flat_map(|scope| &scope.profiles) {
             // (Waits have no period.)
             let is_wait = profile.period == 0;
+            let period = if is_wait { 1 } else { profile.period.unsigned_abs() };
+            let marks = profile.attribute_indices.iter().map(|&index| {
+                let entry = &dictionary.attribute_table[index as usize];
+                (dictionary.string_table[entry.key_strindex as usize].clone(), text_of(entry.value.as_ref()))
+            });
+            let marks: Arc<BTreeMap<String, String>> = Arc::new(marks.collect());
             samples.extend(profile.samples.iter().map(|sample| {
+                let count = sample.values.iter().sum::<i64>().unsigned_abs();
                 Sample {
                     resource: Arc::clone(&attributes),
                     pid: number(&dictionary, &sample.attribute_indices, "process.pid").unwrap_or_default(),
@@ -85,7 +96,9 @@ pub fn samples(recording: &[u8]) -> Vec<Sample> {
                         .iter()
                         .map(|&index| Arc::clone(&frames[index as usize]))
                         .collect(),
-                    count: sample.values.iter().sum::<i64>().unsigned_abs(),
+                    count,
+                    time_ns: count * period,
+                    marks: Arc::clone(&marks),
                 }
             }));
         }

@@ -9,7 +9,7 @@ use std::{
 
 use profiler_common::abi::sample::{EventKind, StackEnd};
 
-use crate::profile::{Events, Frame, LocatedSample, ProcessInfo, Profile, Sample, Unlabelled};
+use crate::profile::{Events, Frame, LocatedSample, Mark, ProcessInfo, Profile, Sample, Unlabelled};
 
 /// Bytes of rows, estimated, after which a window is closed early, so that its memory stays bounded.
 const MAX_BYTES: usize = 24 << 20;
@@ -29,6 +29,7 @@ struct RowKey {
 pub struct Window {
     events: Events,
     period: Duration,
+    marks: Arc<[Mark]>,
     start: SystemTime,
     opened: Instant,
     /// Samples or waits, and nanoseconds off the CPU.
@@ -38,8 +39,8 @@ pub struct Window {
 
 impl Window {
     /// Opens a window now.
-    pub fn open(events: Events, period: Duration) -> Self {
-        Self { events, period, start: SystemTime::now(), opened: Instant::now(), rows: HashMap::new(), bytes: 0 }
+    pub fn open(events: Events, period: Duration, marks: Arc<[Mark]>) -> Self {
+        Self { events, period, marks, start: SystemTime::now(), opened: Instant::now(), rows: HashMap::new(), bytes: 0 }
     }
 
     /// Adds a sample with its named frames.
@@ -101,6 +102,7 @@ impl Window {
             start,
             duration: self.opened.duration_since(opened),
             period: self.period,
+            marks: Arc::clone(&self.marks),
             samples,
         }
     }

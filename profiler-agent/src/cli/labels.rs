@@ -7,10 +7,8 @@ use clap::Args;
 
 use crate::{
     config::{InCluster, Kubernetes, KubernetesOverrides, LabelOverrides, Labels, Surroundings},
-    label::{
-        self,
-        kubernetes::{self, Pods},
-    },
+    control::label_options,
+    label,
     status::Stats,
 };
 
@@ -109,31 +107,6 @@ impl LabelOptions {
     }
 }
 
-/// The configuration in the labeller's own words; follows the pods, if there are any. Windows are never held up for longer
-/// than `window`.
-pub(super) fn options(
-    kubernetes: Option<Kubernetes>,
-    labels: Labels,
-    window: Option<Duration>,
-    stats: &Stats,
-) -> anyhow::Result<label::Options> {
-    let wait = kubernetes.as_ref().map_or(Duration::ZERO, |kubernetes| kubernetes.wait);
-    let settings = kubernetes.map(|kubernetes| kubernetes::Settings {
-        access: kubernetes.access,
-        node: kubernetes.node,
-        grace: kubernetes.grace,
-        wanted: labels.wanted,
-    });
-    let pods = settings.map(Pods::start).transpose().context("the thread that follows pods could not be started")?;
-    stats.set_pods(pods.clone());
-    Ok(label::Options {
-        pods,
-        wait: window.map_or(wait, |window| wait.min(window)),
-        rules: labels.rules,
-        stats: stats.labels.clone(),
-    })
-}
-
 /// For a recording: pods where there is a cluster that tells which node this is, and nothing is said where there is none.
 pub(super) fn of_recording(stats: &Stats) -> label::Options {
     let surroundings = Surroundings::read();
@@ -143,5 +116,5 @@ pub(super) fn of_recording(stats: &Stats) -> label::Options {
     } else {
         None
     };
-    options(kubernetes, Labels::default(), None, stats).unwrap_or_default()
+    label_options(kubernetes, Labels::default(), None, stats).unwrap_or_default()
 }

@@ -8,6 +8,7 @@ mod logging;
 mod output;
 mod record;
 mod run;
+mod stop;
 mod symbolize;
 
 use std::process::ExitCode;
@@ -38,6 +39,7 @@ Examples:
   profiler-agent record --pid 1234 --output app.pb.gz     one process and its children, for go tool pprof
   profiler-agent record --output build.svg -- make        a command from start to end
   profiler-agent run                                      the daemon: OTLP to http://127.0.0.1:4317
+  profiler-agent stop                                     stop the daemon's collection at once, and resume it
   profiler-agent check                                    what this machine allows
   profiler-agent symbolize --file app --lines 0x1f40      what is at a place in a file or process";
 
@@ -46,6 +48,8 @@ enum Command {
     Record(record::Arguments),
     Run(Box<run::Arguments>),
     Check(check::Arguments),
+    Stop(stop::StopArguments),
+    Resume(stop::ResumeArguments),
     Symbolize(symbolize::Arguments),
 }
 
@@ -59,6 +63,8 @@ pub fn main() -> ExitCode {
         Command::Record(record) => record::main(record, logging),
         Command::Run(run) => run::main(*run, logging),
         Command::Check(check) => check::main(&check),
+        Command::Stop(stop) => stop::stop(stop),
+        Command::Resume(resume) => stop::resume(resume),
         Command::Symbolize(symbolize) => symbolize::main(symbolize),
     };
     match outcome {

@@ -13,6 +13,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use profiler_common::abi::{counter::Counter, sample::EventKind, settings::target};
+use tokio::sync::mpsc;
 use tracing::info;
 
 use super::{debuginfod::DebuginfodOptions, labels, logging::Logging, output::Output};
@@ -20,7 +21,7 @@ use crate::{
     config::{DEFAULT_FREQUENCY, DEFAULT_WAITS, dwarf_bytes, valid_frequency},
     export::Format,
     kernel::{self, BufferRows, Kernel, WaitOptions, privileges},
-    pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
+    pipeline::{self, DRAIN_INTERVAL, PROFILE_QUEUE, Pace, Pipeline, rows_per_second},
     process::children_of,
     profile::{Events, Profile},
     status::Stats,
@@ -220,16 +221,26 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
     watch.extend(child.as_ref().map(Child::id));
     let options = pipeline::Options {
         events: recording.events,
-        period: Duration::from_nanos(1_000_000_000 / recording.frequency),
+        pace: Pace {
+            collects: true,
+            frequency: recording.frequency,
+            wait_stacks: recording.waits.stacks_per_second,
+            wait_share: 0,
+            scale: 1.0,
+            detail: true,
+            names_bytes: NAMES_BYTES,
+            marks: Arc::default(),
+        },
         window: None,
-        names_bytes: NAMES_BYTES,
         debuginfod: recording.debuginfod.take(),
         source: recording.source,
         unwind_table_bytes: DEFAULT_TABLE_BYTES,
+        allowance: Arc::default(),
         labels: labels::of_recording(&stats),
         watch: (!watch.is_empty()).then_some(watch),
     };
-    let (mut pipeline, mut profiles) = Pipeline::start(kernel, options, &stats)?;
+    let (sender, mut profiles) = mpsc::channel(PROFILE_QUEUE);
+    let mut pipeline = Pipeline::start(kernel, options, sender, &stats)?;
 
     let duration = match (recording.duration, child.is_some() || !recording.pids.is_empty()) {
         (Some(duration), _) => Some(duration),
@@ -393,6 +404,7 @@ fn merge(profiles: Vec<Profile>, recording: &Recording, duration: Duration) -> P
         start: std::time::SystemTime::now(),
         duration,
         period: Duration::from_nanos(1_000_000_000 / recording.frequency),
+        marks: Arc::default(),
         samples: Vec::new(),
     });
     for profile in profiles {

@@ -1,35 +1,22 @@
 //! `profiler-agent run`: the daemon.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use clap::Args;
-use profiler_common::abi::counter::Counter;
-use tokio::net::TcpListener;
-use tracing::info;
 
 use super::{
     debuginfod::DebuginfodOptions,
     export::ExportOptions,
-    labels::{self, KubernetesOptions, LabelOptions},
+    labels::{KubernetesOptions, LabelOptions},
     logging::Logging,
 };
 use crate::{
-    config::{self, Config, FileFormat, Overrides},
-    export::{
-        self, Format,
-        delivery::{self, Delivery},
-        files, otlp,
-    },
-    kernel::{self, BufferRows, Clock, Kernel, privileges},
-    pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
+    config::{Config, ControlOverrides, Overrides},
+    control,
+    kernel::{self, privileges},
     profile::Events,
-    status::{self, Stats},
-    symbolize::debuginfod::Debuginfod,
 };
-
-/// How long the last window may take to be delivered at shutdown.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Run the daemon: sample all the time, export over OTLP, serve status on the loopback interface.
 #[derive(Debug, Args)]
@@ -71,6 +58,18 @@ pub(super) struct Arguments {
     /// Address of /metrics, /healthz, /readyz and /debug/state.
     #[arg(long, env = "PROFILER_STATUS_LISTEN", value_name = "ADDRESS")]
     status_listen: Option<SocketAddr>,
+    /// Most CPU time, the agent's own and the kernel programs', as a share of the machine, for example 0.5%.
+    #[arg(long, env = "PROFILER_BUDGET_CPU", value_name = "SHARE")]
+    budget_cpu: Option<String>,
+    /// Most memory of the agent, MiB. Caches shrink before it is reached.
+    #[arg(long, env = "PROFILER_BUDGET_MEMORY_MIB", value_name = "MIB")]
+    budget_memory_mib: Option<u32>,
+    /// While this file exists, nothing is collected.
+    #[arg(long, env = "PROFILER_STOP_FILE", value_name = "FILE")]
+    stop_file: Option<PathBuf>,
+    /// Socket for `profiler-agent stop` and `resume`.
+    #[arg(long, env = "PROFILER_CONTROL_SOCKET", value_name = "FILE")]
+    control_socket: Option<PathBuf>,
     /// The kernel's type information, where it is not in its usual place.
     #[arg(long, value_name = "FILE", default_value = kernel::DEFAULT_BTF, hide = true)]
     btf: PathBuf,
@@ -126,6 +125,13 @@ Configuration file, with the defaults:
     original_payload: false
   status:
     listen: 127.0.0.1:7081
+  budget:
+    cpu: 1%
+    memory_mib: 256
+  control:
+    stopped: false
+    stop_file: /run/profiler/stop
+    socket: /run/profiler/agent.sock
 
 Several destinations take the place of export.endpoint, each with its own queue; files and the spool need folders:
   export:
@@ -141,7 +147,8 @@ Several destinations take the place of export.endpoint, each with its own queue;
     spool: {folder: /var/lib/profiler-agent/spool, mib: 512, max_age: 24h}
     files: {folder: /var/lib/profiler-agent/profiles, format: pprof, mib: 1024}
 
-SIGINT and SIGTERM stop the daemon; the last window is exported first.";
+SIGINT and SIGTERM end the daemon; the last window is exported first. SIGUSR1 stops collection at once, SIGUSR2 resumes
+it, SIGHUP reads the configuration again.";
 
 pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<ExitCode> {
     let (kubernetes, labels) = arguments.labels.overrides(arguments.kubernetes)?;
@@ -160,164 +167,24 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
         labels,
         export: arguments.export.overrides()?,
         status: arguments.status_listen,
+        control: ControlOverrides {
+            cpu: arguments.budget_cpu,
+            memory_mib: arguments.budget_memory_mib,
+            stop_file: arguments.stop_file,
+            socket: arguments.control_socket,
+        },
     };
-    let config = Config::load(arguments.config.as_deref(), overrides)?;
+    let config = Config::load(arguments.config.as_deref(), overrides.clone())?;
     privileges::check()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("the event loop could not be started")?;
-    runtime.block_on(run(config, &arguments.btf, logging))
-}
-
-async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow::Result<ExitCode> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let started = std::time::Instant::now();
-    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
-    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
-    let debuginfod = config.debuginfod.map(Debuginfod::start).transpose().context("debuginfod cannot be used")?;
-    let listener = TcpListener::bind(config.status)
-        .await
-        .with_context(|| format!("the status endpoint cannot listen on {}", config.status))?;
-
-    let stats = Arc::new(Stats::default());
-    let window = config.export.window;
-    let labels = labels::options(config.kubernetes, config.labels, Some(window), &stats)?;
-    let delivery = Delivery::open(delivery_options(config.export), &stats)?;
-    let status = tokio::spawn(status::serve(listener, Arc::clone(&stats)));
-    let cpus = kernel::online_cpus().map_or(1, |cpus| cpus.len());
-    let mut kernel = Kernel::load(&kernel::Options {
-        btf,
-        events: config.events,
-        waits: config.waits,
-        frequency: config.frequency,
-        targets_only: false,
-        rows: BufferRows::for_rate(cpus, rows_per_second(config.events, config.frequency), DRAIN_INTERVAL.as_secs()),
-        cgroups: kernel::CgroupHierarchy::of_machine(),
-        debug_log: logging.kernel_debug,
-        walk_in_parts: false,
-        watch_wakeups: false,
-    })?;
-    kernel.attach_notices()?;
-    kernel.start()?;
-    let cpu_time = kernel.clock().map(|clock| {
-        let source = clock.source().map_or_else(String::new, |source| source.to_string());
-        format!("sampling {} CPUs at {} Hz by {source}", clock.cpus(), config.frequency)
-    });
-    let waits = config.events.includes_off_cpu().then(|| "following waits".to_owned());
-    info!(
-        "{}, {} ms after start; exporting to {} every {}; status on http://{}/metrics",
-        [cpu_time, waits].into_iter().flatten().collect::<Vec<_>>().join(" and "),
-        started.elapsed().as_millis(),
-        destinations(&stats),
-        humantime::format_duration(window),
-        config.status,
-    );
-    if let Some(number) = kernel::pid_namespace() {
-        info!("only processes of the agent's own PID namespace ({number}) are seen");
-    }
-    stats.set_clock(kernel.clock().map_or(0, Clock::cpus));
-    let options = pipeline::Options {
-        events: config.events,
-        period: Duration::from_nanos(1_000_000_000 / config.frequency),
-        window: Some(window),
-        names_bytes: config.names_bytes,
-        debuginfod: debuginfod.map(Arc::new),
-        source: config.source,
-        unwind_table_bytes: config.table_bytes,
-        labels,
-        watch: None,
+    let options = control::Options {
+        config: arguments.config,
+        overrides,
+        btf: arguments.btf,
+        kernel_debug: logging.kernel_debug,
     };
-    let (mut pipeline, profiles) = Pipeline::start(kernel, options, &stats)?;
-    stats.set_ready(true);
-    let mut delivering = delivery.start(profiles)?;
-    tokio::select! {
-        _ = interrupt.recv() => info!("interrupted: exporting the last window"),
-        _ = terminate.recv() => info!("terminated: exporting the last window"),
-        // The queue of profiles closes by itself only when collection failed.
-        _ = &mut delivering.ended => {}
-    }
-    stats.set_ready(false);
-    pipeline.stop();
-    // (An error means that a thread panicked, which was said.)
-    let _ = tokio::task::spawn_blocking(move || delivering.finish(FLUSH_TIMEOUT)).await;
-    let outcome = pipeline.join();
-    status.abort();
-    for line in books(&stats, config.events) {
-        info!("{line}");
-    }
-    outcome.map(|()| ExitCode::SUCCESS)
-}
-
-/// The configuration in the exporters' own words.
-fn delivery_options(export: config::Export) -> delivery::Options {
-    let limits = |bytes, age| export::Limits { bytes, age };
-    delivery::Options {
-        destinations: export.destinations,
-        spool: export.spool.map(|spool| delivery::SpoolOptions {
-            folder: spool.folder,
-            limits: limits(spool.bytes, Some(spool.max_age)),
-        }),
-        queue_bytes: export.queue_bytes,
-        files: export.files.map(|files| files::Settings {
-            folder: files.folder,
-            format: match files.format {
-                FileFormat::Pprof => Format::Pprof,
-                FileFormat::Otlp => Format::Otlp,
-            },
-            limits: limits(files.bytes, None),
-        }),
-        encoding: otlp::Options { original_payload: export.original_payload },
-    }
-}
-
-/// Where profiles go, for people.
-fn destinations(stats: &Stats) -> String {
-    stats.destinations().iter().map(|destination| destination.name.as_str()).collect::<Vec<_>>().join(", ")
-}
-
-/// How the books balance, for each destination: what was seen, and what earlier runs left, is exported, lost, dropped or still
-/// in the spool.
-fn books(stats: &Stats, events: Events) -> Vec<String> {
-    let destinations = stats.destinations();
-    let mut lines = Vec::new();
-    for destination in &destinations {
-        let name = if destinations.len() == 1 { String::new() } else { format!("{}: ", destination.name) };
-        let exported = destination.exported.get();
-        let mut dropped = stats.dropped_in_all();
-        dropped += destination.dropped_in_all();
-        let (recovered, [_, spool]) = (destination.recovered.get(), destination.waiting());
-        if events.includes_on_cpu() {
-            let mut line = format!(
-                "stopped: {name}seen {}, exported {}, lost in kernel {}, dropped {}",
-                stats.kernel(Counter::Seen),
-                exported.samples,
-                stats.lost_in_kernel(),
-                dropped.samples,
-            );
-            if recovered.samples > 0 || spool.tally.samples > 0 {
-                line +=
-                    &format!(", left in the spool {}; from earlier runs {}", spool.tally.samples, recovered.samples);
-            }
-            lines.push(line);
-        }
-        if events.includes_off_cpu() {
-            let seconds = |nanoseconds| Duration::from_nanos(nanoseconds).as_secs_f64();
-            let mut line = format!(
-                "off the CPU: {name}exported {:.3} s, lost in kernel {:.3} s, dropped {:.3} s",
-                seconds(exported.off_cpu_ns),
-                seconds(stats.kernel(Counter::WaitsLostNs)),
-                seconds(dropped.off_cpu_ns),
-            );
-            if recovered.off_cpu_ns > 0 || spool.tally.off_cpu_ns > 0 {
-                line += &format!(
-                    ", left in the spool {:.3} s; from earlier runs {:.3} s",
-                    seconds(spool.tally.off_cpu_ns),
-                    seconds(recovered.off_cpu_ns)
-                );
-            }
-            lines.push(line);
-        }
-    }
-    lines
+    runtime.block_on(control::run(options, config))
 }

@@ -104,7 +104,7 @@ pub(super) fn main(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     let mut printer = Printer {
         target,
-        namer: FrameNamer::new(NAMES_BYTES, None, source),
+        namer: FrameNamer::new(NAMES_BYTES, None, source, Arc::default()),
         lines: arguments.lines,
         mangled: arguments.mangled,
         out: BufWriter::new(std::io::stdout().lock()),

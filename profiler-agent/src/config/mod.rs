@@ -1,5 +1,6 @@
 //! The daemon's configuration: flags over environment over file over defaults, validated once.
 
+mod control;
 mod environment;
 mod export;
 #[cfg(fuzzing)]
@@ -8,6 +9,7 @@ mod kubernetes;
 mod labels;
 
 pub use self::{
+    control::{Budget, Control, ControlOverrides},
     environment::Environment,
     export::{Export, ExportOverrides, FileFormat, Files, Spool},
     kubernetes::{InCluster, Kubernetes, KubernetesOverrides, MISSING_NODE, Surroundings},
@@ -65,6 +67,8 @@ struct File {
     labels: labels::Section,
     export: export::Section,
     status: Status,
+    budget: control::BudgetSection,
+    control: control::ControlSection,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -147,6 +151,8 @@ pub struct Overrides {
     pub export: ExportOverrides,
     /// Address of the status endpoint.
     pub status: Option<SocketAddr>,
+    /// What keeps the agent in bounds.
+    pub control: ControlOverrides,
 }
 
 /// A valid configuration.
@@ -174,6 +180,10 @@ pub struct Config {
     pub export: Export,
     /// Address of the status endpoint.
     pub status: SocketAddr,
+    /// What the agent may take of the machine.
+    pub budget: Budget,
+    /// How it is stopped.
+    pub control: Control,
 }
 
 impl Config {
@@ -213,7 +223,15 @@ impl Config {
                 .with_context(|| format!("sampling.min_wait: {text:?} is not a duration such as 100us or 1ms"))?,
             (None, None) => DEFAULT_WAITS.min_duration,
         };
+        let source = SourceOptions {
+            lines: overrides.lines.or(file.symbolize.lines).unwrap_or(false),
+            inlines: overrides.inlines.or(file.symbolize.inlines).unwrap_or(false),
+            bytes: dwarf_bytes(overrides.dwarf_mib.or(file.symbolize.dwarf_mib))?,
+        };
+        let details = if source.lines || source.inlines { source.bytes } else { 0 };
         Ok(Self {
+            budget: Budget::merge(file.budget, &overrides.control, details)?,
+            control: Control::merge(file.control, overrides.control)?,
             events: overrides.events.or(file.sampling.event).unwrap_or(Events::OnCpu),
             waits: WaitOptions {
                 stacks_per_second: overrides
@@ -224,11 +242,7 @@ impl Config {
             },
             table_bytes: (table_mib as usize) << 20,
             debuginfod: overrides.debuginfod.over(file.symbolize.debuginfod).validate()?,
-            source: SourceOptions {
-                lines: overrides.lines.or(file.symbolize.lines).unwrap_or(false),
-                inlines: overrides.inlines.or(file.symbolize.inlines).unwrap_or(false),
-                bytes: dwarf_bytes(overrides.dwarf_mib.or(file.symbolize.dwarf_mib))?,
-            },
+            source,
             names_bytes: names_bytes(overrides.names_mib.or(file.symbolize.names_mib))?,
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
             kubernetes: Kubernetes::merge(file.kubernetes, overrides.kubernetes)?,
@@ -350,6 +364,8 @@ mod tests {
             labels: Labels::default(),
             export: Export::merge(export::Section::default(), ExportOverrides::default()).expect("a default"),
             status: "127.0.0.1:7081".parse().expect("an address"),
+            budget: Budget { cpu: 0.01, memory: 256 << 20 },
+            control: Control::default(),
         }
     }
 
@@ -371,7 +387,11 @@ mod tests {
         check(
             "symbolize:\n  lines: true\n  dwarf_mib: 32\n",
             Overrides { inlines: Some(true), ..Overrides::default() },
-            Ok(Config { source: SourceOptions { lines: true, inlines: true, bytes: 32 << 20 }, ..default() }),
+            Ok(Config {
+                source: SourceOptions { lines: true, inlines: true, bytes: 32 << 20 },
+                budget: Budget { memory: 288 << 20, ..default().budget },
+                ..default()
+            }),
         );
         check(
             "sampling:\n  frequency: 49\nexport:\n  window: 1m\n",

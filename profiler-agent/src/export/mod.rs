@@ -192,6 +192,7 @@ pub(crate) mod testing {
             start: UNIX_EPOCH + Duration::from_secs(1_700_000_000),
             duration: Duration::from_secs(10),
             period: Duration::from_nanos(10_101_010),
+            marks: Arc::default(),
             samples: vec![
                 sample("one", StackEnd::Root, whole(), 5),
                 sample("two", StackEnd::Root, whole(), 2),

@@ -120,6 +120,8 @@ struct PprofProfile {
     period_type: Option<ValueType>,
     #[prost(int64, tag = "12")]
     period: i64,
+    #[prost(int64, repeated, tag = "13")]
+    comment: Vec<i64>,
     #[prost(int64, tag = "14")]
     default_sample_type: i64,
 }
@@ -185,6 +187,7 @@ fn build(profile: &Profile) -> PprofProfile {
             PprofSample { location_id, value, label: labels }
         })
         .collect();
+    let comments = profile.marks.iter().map(|mark| tables.string(&format!("{}: {}", mark.name, mark.value))).collect();
     PprofProfile {
         sample_type,
         sample: samples,
@@ -198,6 +201,7 @@ fn build(profile: &Profile) -> PprofProfile {
         default_sample_type: time_type.r#type,
         period_type: Some(time_type),
         period: if profile.events == Events::OffCpu { 0 } else { period },
+        comment: comments,
         mapping: tables.mappings,
         location: tables.locations,
         function: tables.functions,

@@ -1,17 +1,14 @@
 //! The sampling clock: one perf event per online CPU.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{fmt, time::Duration};
 
 use aya::{
     Ebpf,
-    programs::{
-        PerfEvent,
-        perf_event::{HardwareEvent, PerfEventConfig, PerfEventLinkId, PerfEventScope, SamplePolicy, SoftwareEvent},
-    },
+    programs::perf_event::{HardwareEvent, PerfEventConfig, SoftwareEvent},
 };
 use tracing::{debug, warn};
 
-use super::{KernelError, cpus, program};
+use super::{Attachments, KernelError, cpus};
 
 /// What drives the clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +42,8 @@ pub struct Clock {
     program: &'static str,
     frequency: u64,
     source: Option<ClockSource>,
-    links: BTreeMap<u32, PerfEventLinkId>,
+    is_running: bool,
+    attachments: Attachments,
     /// Events per CPU at the last look.
     fired: Vec<u64>,
     /// Time spent suspended, at the last look.
@@ -53,8 +51,21 @@ pub struct Clock {
 }
 
 impl Clock {
-    pub(super) fn new(program: &'static str, frequency: u64) -> Self {
-        Self { program, frequency, source: None, links: BTreeMap::new(), fired: Vec::new(), suspended: suspended() }
+    pub(super) fn new(program: &'static str, frequency: u64, attachments: Attachments) -> Self {
+        Self {
+            program,
+            frequency,
+            source: None,
+            is_running: false,
+            attachments,
+            fired: Vec::new(),
+            suspended: suspended(),
+        }
+    }
+
+    /// Events per second and CPU, from the next start on.
+    pub(super) fn set_frequency(&mut self, frequency: u64) {
+        self.frequency = frequency;
     }
 
     /// What drives it; known once started.
@@ -64,20 +75,21 @@ impl Clock {
 
     /// How many CPUs are being sampled.
     pub fn cpus(&self) -> usize {
-        self.links.len()
+        self.attachments.clock_cpus().len()
     }
 
     pub(super) fn start(&mut self, ebpf: &mut Ebpf) -> Result<(), KernelError> {
         let online = online()?;
+        self.is_running = true;
         for &cpu in &online {
             match self.source {
-                Some(source) => self.open(ebpf, cpu, source)?,
+                Some(source) => self.start_on(ebpf, cpu, source)?,
                 None => {
-                    let source = match self.open(ebpf, cpu, ClockSource::Cycles) {
+                    let source = match self.start_on(ebpf, cpu, ClockSource::Cycles) {
                         Ok(()) => ClockSource::Cycles,
                         Err(error) => {
                             debug!("no cycle counter, using the CPU clock: {error}");
-                            self.open(ebpf, cpu, ClockSource::CpuClock)?;
+                            self.start_on(ebpf, cpu, ClockSource::CpuClock)?;
                             ClockSource::CpuClock
                         }
                     };
@@ -94,7 +106,7 @@ impl Clock {
     /// may be back before anybody looks: after suspend, and where a timer has not fired since the last look,
     /// the event is made anew.
     pub(super) fn follow_hotplug(&mut self, ebpf: &mut Ebpf, fired: Vec<u64>) -> Result<(), KernelError> {
-        let Some(source) = self.source else { return Ok(()) };
+        let Some(source) = self.source.filter(|_| self.is_running) else { return Ok(()) };
         let online = online()?;
         let suspended_now = suspended();
         let was_suspended = suspended_now > self.suspended + Duration::from_millis(100);
@@ -102,21 +114,20 @@ impl Clock {
             let now = fired.get(cpu as usize);
             source == ClockSource::CpuClock && now.is_some() && now == self.fired.get(cpu as usize)
         };
-        let stale: Vec<u32> = self
-            .links
-            .keys()
-            .copied()
-            .filter(|&cpu| !online.contains(&cpu) || was_suspended || is_silent(cpu))
-            .collect();
-        for cpu in stale {
-            debug!("CPU {cpu} is offline, or was");
-            self.close(ebpf, cpu)?;
-        }
+        let mut sampled = self.attachments.clock_cpus();
+        sampled.retain(|&cpu| {
+            let is_stale = !online.contains(&cpu) || was_suspended || is_silent(cpu);
+            if is_stale {
+                debug!("CPU {cpu} is offline, or was");
+                self.attachments.remove_clock(cpu);
+            }
+            !is_stale
+        });
         (self.fired, self.suspended) = (fired, suspended_now);
         for &cpu in &online {
-            if !self.links.contains_key(&cpu) {
+            if !sampled.contains(&cpu) {
                 // It may go offline again at any moment; the next look tells.
-                match self.open(ebpf, cpu, source) {
+                match self.start_on(ebpf, cpu, source) {
                     Ok(()) => debug!("CPU {cpu} came online and is sampled"),
                     Err(error) => warn!("{error}"),
                 }
@@ -125,33 +136,13 @@ impl Clock {
         Ok(())
     }
 
-    pub(super) fn stop(&mut self, ebpf: &mut Ebpf) -> Result<(), KernelError> {
-        while let Some(&cpu) = self.links.keys().next() {
-            self.close(ebpf, cpu)?;
-        }
-        Ok(())
+    pub(super) fn stop(&mut self) {
+        self.is_running = false;
+        self.attachments.stop_clock();
     }
 
-    fn open(&mut self, ebpf: &mut Ebpf, cpu: u32, source: ClockSource) -> Result<(), KernelError> {
-        let program: &mut PerfEvent = program(ebpf, self.program)?;
-        let link = program
-            .attach(
-                source.event(),
-                PerfEventScope::AllProcessesOneCpu { cpu },
-                SamplePolicy::Frequency(self.frequency),
-                true,
-            )
-            .map_err(|error| KernelError::Clock { cpu, error })?;
-        self.links.insert(cpu, link);
-        Ok(())
-    }
-
-    fn close(&mut self, ebpf: &mut Ebpf, cpu: u32) -> Result<(), KernelError> {
-        if let Some(link) = self.links.remove(&cpu) {
-            let clock: &mut PerfEvent = program(ebpf, self.program)?;
-            clock.detach(link).map_err(|error| KernelError::Program { program: self.program, error })?;
-        }
-        Ok(())
+    fn start_on(&self, ebpf: &mut Ebpf, cpu: u32, source: ClockSource) -> Result<(), KernelError> {
+        self.attachments.add_clock(ebpf, self.program, source.event(), cpu, self.frequency)
     }
 }
 

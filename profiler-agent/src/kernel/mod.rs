@@ -3,12 +3,14 @@
 //! In: settings. Out: raw rows and notices as bytes of the ABI's records, and counters. What they mean is
 //! decided elsewhere.
 
+mod attachments;
 mod btf;
 mod buffers;
 mod cgroups;
 mod clock;
 mod commands;
 mod cpus;
+mod free_memory;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
 mod layout;
@@ -42,17 +44,19 @@ use crate::profile::{Events, WaitDue};
 use self::buffers::DoubleBuffer;
 use self::waits::WaitPrograms;
 pub use self::{
+    attachments::Attachments,
     btf::BtfError,
     buffers::BufferRows,
     cgroups::CgroupHierarchy,
     clock::{Clock, ClockSource},
     cpus::online as online_cpus,
+    free_memory::{release_free_memory, share_free_memory},
     layout::{Features, kernel_version},
     namespaces::pid_namespace,
     rings::{DebugLog, Ring},
     side_band::SideBand,
     tables::{KernelMappings, KernelTables},
-    waits::WaitTotals,
+    waits::{Following, WaitTotals},
 };
 
 /// The kernel programs, built from `profiler-ebpf` by the build script.
@@ -163,10 +167,12 @@ pub struct WaitOptions {
 /// The loaded kernel programs and their maps.
 pub struct Kernel {
     ebpf: Ebpf,
+    attachments: Attachments,
     /// Absent where only waits are recorded.
     clock: Option<Clock>,
     /// Absent where only CPU time is recorded.
     waits: Option<WaitPrograms>,
+    following: Following,
     waits_refused: Option<KernelError>,
     cgroups_refused: Option<KernelError>,
     /// Until somebody takes it.
@@ -196,12 +202,12 @@ impl Kernel {
             has_task_pt_regs: u32::from(features.task_pt_regs),
             no_user_mode_flags: layout::no_user_mode_flags(),
             magic: SETTINGS_MAGIC,
-            wait_stacks_per_second: options.waits.stacks_per_second,
             has_state_argument: u32::from(features.switch_state),
             has_queue_times: u32::from(features.queue_times),
             cgroups: if features.cgroups { options.cgroups.setting() } else { settings::cgroups::NONE },
             cgroup_hierarchy: options.cgroups.number(),
             pid_namespace: pid_namespace().unwrap_or(0),
+            reserved: 0,
             min_wait_ns: u64::try_from(options.waits.min_duration.as_nanos()).unwrap_or(u64::MAX),
             sched_text_start: scheduler.0,
             sched_text_end: scheduler.1,
@@ -239,6 +245,7 @@ impl Kernel {
             let program: &mut BtfTracePoint = program(&mut ebpf, name)?;
             program.load(event, &types).map_err(|error| KernelError::Program { program: name, error })?;
         }
+        let attachments = Attachments::default();
         let in_parts = options.walk_in_parts || !features.bpf_loop;
         let mut walk_on = None;
         let mut clock = None;
@@ -247,23 +254,26 @@ impl Kernel {
             walk_on = if in_parts { Some(load_walk_on(&mut ebpf)?) } else { None };
             let program: &mut PerfEvent = program(&mut ebpf, clock_program)?;
             program.load().map_err(|error| KernelError::Program { program: clock_program, error })?;
-            clock = Some(Clock::new(clock_program, options.frequency));
+            clock = Some(Clock::new(clock_program, options.frequency, attachments.clone()));
         }
-        let (waits, waits_refused) =
-            match follow_waits.then(|| WaitPrograms::load(&mut ebpf, &types, in_parts, !features.queue_times)) {
-                Some(Ok(waits)) => (Some(waits), None),
-                // CPU time alone is better than nothing.
-                Some(Err(error)) if options.events.includes_on_cpu() => (None, Some(error)),
-                Some(Err(error)) => return Err(error),
-                None => (None, None),
-            };
+        let (waits, waits_refused) = match follow_waits
+            .then(|| WaitPrograms::load(&mut ebpf, &types, in_parts, !features.queue_times, attachments.clone()))
+        {
+            Some(Ok(waits)) => (Some(waits), None),
+            // CPU time alone is better than nothing.
+            Some(Err(error)) if options.events.includes_on_cpu() => (None, Some(error)),
+            Some(Err(error)) => return Err(error),
+            None => (None, None),
+        };
         let cgroups_refused = load_cgroup_programs(&mut ebpf, &types, features).err();
         drop(types);
         release_free_memory();
         Ok(Self {
             ebpf,
+            attachments,
             clock,
             waits,
+            following: Following { stacks_per_second: options.waits.stacks_per_second, share: 0, turn: 0 },
             waits_refused,
             cgroups_refused,
             side_band: None,
@@ -283,11 +293,10 @@ impl Kernel {
     /// Attaches the process notices: from here on every fork, exec and exit is announced, and new code is recorded.
     pub fn attach_notices(&mut self) -> Result<(), KernelError> {
         self.side_band = Some(SideBand::open());
-        for name in ["process_fork", "process_exec", "process_exit"] {
-            let program: &mut BtfTracePoint = program(&mut self.ebpf, name)?;
-            program.attach().map_err(|error| KernelError::Program { program: name, error })?;
-        }
-        Ok(())
+        let (attachments, ebpf) = (&self.attachments, &mut self.ebpf);
+        ["process_fork", "process_exec", "process_exit"]
+            .into_iter()
+            .try_for_each(|name| attachments.add_event(ebpf, name))
     }
 
     /// Attaches the notices of cgroups, and returns their ring: from here on every new and removed one is announced.
@@ -296,8 +305,7 @@ impl Kernel {
             return Err(refused);
         }
         for (name, _) in CGROUP_PROGRAMS {
-            let program: &mut BtfTracePoint = program(&mut self.ebpf, name)?;
-            program.attach().map_err(|error| KernelError::Program { program: name, error })?;
+            self.attachments.add_event(&mut self.ebpf, name)?;
         }
         Ok(Ring(take_map(&mut self.ebpf, "CGROUPS")?))
     }
@@ -305,7 +313,7 @@ impl Kernel {
     /// Starts the sampling clock on every online CPU, and follows waits from here on.
     pub fn start(&mut self) -> Result<(), KernelError> {
         if let Some(waits) = &mut self.waits {
-            waits.attach(&mut self.ebpf)?;
+            waits.attach(&mut self.ebpf, self.following)?;
         }
         self.clock.as_mut().map_or(Ok(()), |clock| clock.start(&mut self.ebpf))
     }
@@ -318,9 +326,23 @@ impl Kernel {
 
     /// Stops the sampling clock everywhere and follows no more waits; samples already taken stay in the buffers.
     pub fn stop(&mut self) -> Result<(), KernelError> {
-        let waits = self.waits.as_mut().map_or(Ok(()), |waits| waits.detach(&mut self.ebpf));
-        let clock = self.clock.as_mut().map_or(Ok(()), |clock| clock.stop(&mut self.ebpf));
-        waits.and(clock)
+        if let Some(clock) = &mut self.clock {
+            clock.stop();
+        }
+        self.waits.as_mut().map_or(Ok(()), WaitPrograms::detach)
+    }
+
+    /// Samples per second and CPU, and how closely waits are followed, from the next start on.
+    pub fn set_pace(&mut self, frequency: u64, following: Following) {
+        if let Some(clock) = &mut self.clock {
+            clock.set_frequency(frequency);
+        }
+        self.following = following;
+    }
+
+    /// What can detach the programs at any time.
+    pub fn attachments(&self) -> Attachments {
+        self.attachments.clone()
     }
 
     /// What the clock is; `None` where only waits are recorded.
@@ -429,31 +451,6 @@ impl Kernel {
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
             Err(error) => Err(error.into()),
         }
-    }
-}
-
-/// Keeps the allocator from holding on to memory. Call before there are threads.
-///
-/// Stages need megabytes for moments, each at its own time: one arena instead of one a thread lets them use each
-/// other's, and what is large goes back to the system when it is freed. (Left to itself, glibc stops doing that for
-/// ever larger sizes, up to 32 MiB.)
-pub fn share_free_memory() {
-    #[cfg(target_env = "gnu")]
-    for (option, value) in [(libc::M_ARENA_MAX, 1), (libc::M_MMAP_THRESHOLD, 128 << 10)] {
-        // SAFETY: mallopt may be called at any time. Where it refuses, the default stays.
-        unsafe {
-            libc::mallopt(option, value);
-        }
-    }
-}
-
-/// Returns memory that was needed for a moment (the kernel's type information, a large unwind table) to the system;
-/// glibc would keep it.
-pub fn release_free_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: malloc_trim may be called at any time, by any thread.
-    unsafe {
-        libc::malloc_trim(0);
     }
 }
 

@@ -14,16 +14,18 @@ use std::{
 use aya::{
     Btf, Ebpf,
     maps::{Array, MapData, PerCpuArray, ProgramArray},
-    programs::{BtfTracePoint, tp_btf::BtfTracePointLinkId},
+    programs::BtfTracePoint,
 };
 use nix::time::{ClockId, clock_gettime};
 use profiler_common::abi::{
     sample::SampleKey,
-    waits::{Balance, MORE_THREADS, Ration, SITES, THREAD_SLOTS, ThreadWait, USED_SHIFT, WaitControl, WaitSite},
+    waits::{
+        Balance, MAX_SHARE, MORE_THREADS, Ration, SITES, THREAD_SLOTS, ThreadWait, USED_SHIFT, WaitControl, WaitSite,
+    },
 };
 use zerocopy::FromBytes as _;
 
-use super::{KernelError, commands, program, take_map};
+use super::{Attachments, KernelError, commands, program, take_map};
 use crate::profile::WaitDue;
 
 /// The maps of threads.
@@ -48,10 +50,27 @@ pub struct WaitTotals {
     pub waited_ns: [u64; 8],
 }
 
+/// Which waits are followed, and how closely.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Following {
+    /// Stacks that each CPU may take per second; zero: every wait's.
+    pub stacks_per_second: u32,
+    /// One of 2^this threads is followed.
+    pub share: u32,
+    /// Which one: any number; each thread has its turn among 2^`share` in a row.
+    pub turn: u32,
+}
+
 /// The programs that follow waits, loaded.
 pub(super) struct WaitPrograms {
-    /// Program and, while attached, its link; the one that must come first comes first.
-    programs: Vec<(&'static str, Option<BtfTracePointLinkId>)>,
+    /// The one that must be attached first comes first.
+    programs: Vec<&'static str>,
+    attachments: Attachments,
+    /// What was waited before the last start, with what the threads that were not followed waited.
+    before: WaitTotals,
+    /// What the programs' own totals were then.
+    at_start: WaitTotals,
+    share: u32,
     threads: Shared<ThreadWait>,
     more_threads: MapData,
     rations: PerCpuArray<MapData, RationCell>,
@@ -78,7 +97,13 @@ unsafe impl aya::Pod for ControlCell {}
 
 impl WaitPrograms {
     /// Loads the programs; they do nothing before [`Self::attach`].
-    pub(super) fn load(ebpf: &mut Ebpf, types: &Btf, in_parts: bool, watch_wakeups: bool) -> Result<Self, KernelError> {
+    pub(super) fn load(
+        ebpf: &mut Ebpf,
+        types: &Btf,
+        in_parts: bool,
+        watch_wakeups: bool,
+        attachments: Attachments,
+    ) -> Result<Self, KernelError> {
         let switch = if in_parts { "off_cpu_in_parts" } else { "off_cpu_loop" };
         let wake = "off_cpu_wake";
         let load = |ebpf: &mut Ebpf, name: &'static str, event: &str| {
@@ -97,10 +122,10 @@ impl WaitPrograms {
             None
         };
         load(ebpf, switch, SWITCH)?;
-        let mut programs = vec![(switch, None)];
+        let mut programs = vec![switch];
         if watch_wakeups {
             load(ebpf, wake, WAKE)?;
-            programs.insert(0, (wake, None));
+            programs.insert(0, wake);
         }
         let threads = Shared::map(ebpf, THREADS, THREAD_SLOTS)?;
         let sites = Shared::map(ebpf, SITES_MAP, SITES)?;
@@ -110,6 +135,10 @@ impl WaitPrograms {
         };
         Ok(Self {
             programs,
+            attachments,
+            before: WaitTotals::default(),
+            at_start: WaitTotals::default(),
+            share: 0,
             threads,
             more_threads,
             rations: take_map(ebpf, "RATIONS")?,
@@ -120,26 +149,39 @@ impl WaitPrograms {
         })
     }
 
-    /// Follows waits from here on.
-    pub(super) fn attach(&mut self, ebpf: &mut Ebpf) -> Result<(), KernelError> {
-        for (name, link) in &mut self.programs {
-            let program: &mut BtfTracePoint = program(ebpf, name)?;
-            *link = Some(program.attach().map_err(|error| KernelError::Program { program: name, error })?);
-        }
-        let control = WaitControl { since_ns: monotonic_ns(), is_incomplete: 0 };
-        Ok(self.control.set(0, ControlCell(control), 0)?)
+    /// Follows waits from here on: nothing is known of any thread.
+    pub(super) fn attach(&mut self, ebpf: &mut Ebpf, following: Following) -> Result<(), KernelError> {
+        self.forget_threads()?;
+        self.before = self.totals()?;
+        self.at_start = self.counted()?;
+        self.share = following.share.min(MAX_SHARE);
+        let control = WaitControl {
+            since_ns: monotonic_ns(),
+            is_incomplete: 0,
+            stacks_per_second: following.stacks_per_second,
+            share: self.share,
+            turn: following.turn & ((1 << self.share) - 1),
+            reserved: 0,
+        };
+        self.control.set(0, ControlCell(control), 0)?;
+        self.programs.iter().try_for_each(|name| self.attachments.add_event(ebpf, name))
     }
 
     /// Follows no more waits. Threads that wait now are still in the map; what threads still kept of what their places
     /// are due is the places' now.
-    pub(super) fn detach(&mut self, ebpf: &mut Ebpf) -> Result<(), KernelError> {
-        for (name, link) in self.programs.iter_mut().rev() {
-            if let Some(link) = link.take() {
-                let program: &mut BtfTracePoint = program(ebpf, name)?;
-                program.detach(link).map_err(|error| KernelError::Program { program: name, error })?;
-            }
+    pub(super) fn detach(&mut self) -> Result<(), KernelError> {
+        for name in self.programs.iter().rev() {
+            self.attachments.remove_event(name);
         }
         self.each_thread(|wait| self.sites.settle(&wait))
+    }
+
+    /// Empties the maps of threads: what they say is about waits that were charged long ago.
+    fn forget_threads(&mut self) -> Result<(), KernelError> {
+        self.threads.clear();
+        let more = self.more_threads.fd().as_fd();
+        commands::drain(more, size_of::<u32>(), size_of::<ThreadWait>(), |_, _| {})
+            .map_err(|error| KernelError::System { what: "forgetting the waiting threads", error })
     }
 
     /// Calls `thread` for every thread that is waiting; returns when the reading began.
@@ -172,8 +214,20 @@ impl WaitPrograms {
         self.sites.take_dues(monotonic_ns().saturating_sub(idle), due);
     }
 
-    /// What has been waited.
+    /// What has been waited: where a share of the threads is followed, an estimate.
     pub(super) fn totals(&self) -> Result<WaitTotals, KernelError> {
+        let counted = self.counted()?;
+        let since = |now: u64, then: u64| now.saturating_sub(then).saturating_mul(1 << self.share);
+        let mut totals = self.before;
+        totals.ended = totals.ended.saturating_add(since(counted.ended, self.at_start.ended));
+        for (kind, sum) in totals.waited_ns.iter_mut().enumerate() {
+            *sum = sum.saturating_add(since(counted.waited_ns[kind], self.at_start.waited_ns[kind]));
+        }
+        Ok(totals)
+    }
+
+    /// What threads that were followed have waited.
+    fn counted(&self) -> Result<WaitTotals, KernelError> {
         let mut totals = WaitTotals::default();
         for RationCell(ration) in self.rations.get(&0, 0)?.iter() {
             totals.ended = totals.ended.saturating_add(ration.ended);
@@ -234,6 +288,25 @@ impl<T> Drop for Shared<T> {
 unsafe impl<T> Send for Shared<T> {}
 
 impl Shared<ThreadWait> {
+    /// Forgets every thread. The programs have to be detached.
+    fn clear(&self) {
+        for slot in self.addresses() {
+            // SAFETY: see `addresses`; each member is accessed atomically.
+            let (owner, began, site) = unsafe {
+                (
+                    AtomicU32::from_ptr(&raw mut (*slot).thread),
+                    AtomicU64::from_ptr(&raw mut (*slot).began_ns),
+                    AtomicU32::from_ptr(&raw mut (*slot).site),
+                )
+            };
+            if owner.load(Relaxed) != 0 {
+                began.store(0, Relaxed);
+                site.store(0, Relaxed);
+                owner.store(0, Relaxed);
+            }
+        }
+    }
+
     /// Calls `thread` for each thread that is known.
     fn each(&self, mut thread: impl FnMut(ThreadWait)) {
         for slot in self.addresses() {

@@ -226,6 +226,7 @@ mod tests {
             start: SystemTime::UNIX_EPOCH,
             duration: Duration::from_secs(1),
             period: Duration::from_millis(10),
+            marks: Arc::default(),
             samples: processes.iter().map(sample).collect(),
         }
     }

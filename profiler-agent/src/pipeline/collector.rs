@@ -2,7 +2,7 @@
 //! recorded into batches of located samples.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     path::Path,
     sync::{
         Arc,
@@ -17,12 +17,12 @@ use profiler_common::abi::{
 };
 use tokio::{
     io::unix::AsyncFd,
-    sync::oneshot,
+    sync::{oneshot, watch},
     time::{MissedTickBehavior, interval_at},
 };
 use tracing::warn;
 
-use super::{Batch, DRAIN_INTERVAL};
+use super::{Batch, DRAIN_INTERVAL, Pace};
 use crate::{
     cgroups::Cgroups,
     kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand},
@@ -35,6 +35,8 @@ use crate::{
 
 /// Time between two looks at processes that are about to name the code they make.
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
+/// Time between two looks at the kernel programs' counters, which tell what they cost.
+const COUNT_INTERVAL: Duration = Duration::from_secs(1);
 /// A place of waits that was not used for so long makes room for others.
 const SITE_IDLE: Duration = Duration::from_secs(10);
 
@@ -49,6 +51,12 @@ struct Sources {
     log: Option<AsyncFd<DebugLog>>,
 }
 
+/// What the collector is told while it runs.
+pub(super) struct Orders {
+    pub(super) stopped: oneshot::Receiver<()>,
+    pub(super) pace: watch::Receiver<Pace>,
+}
+
 /// The first stage: owns the kernel side and the process table.
 pub(super) struct Collector {
     pub(super) kernel: Kernel,
@@ -60,24 +68,27 @@ pub(super) struct Collector {
     /// For the next batch.
     pub(super) kernel_code: KernelChanges,
     pub(super) batches: SyncSender<Batch>,
-    /// A batch that found the queue full. Nothing is drained while it waits.
-    pub(super) waiting: Option<Batch>,
+    /// Batches that found the queue full. Nothing is drained while they wait, unless the pace changes.
+    pub(super) waiting: VecDeque<Batch>,
     pub(super) stats: Arc<Stats>,
+    pub(super) pace: Pace,
+    /// Which threads are followed as they wait, where not all of them are.
+    pub(super) turn: u32,
     pub(super) watch: Vec<u32>,
     pub(super) report_exit: Option<oneshot::Sender<()>>,
 }
 
 impl Collector {
     /// Collects until it is told to stop, and then what is left.
-    pub(super) fn run(mut self, window: Option<Duration>, stopped: oneshot::Receiver<()>) -> Result<(), KernelError> {
+    pub(super) fn run(mut self, window: Option<Duration>, orders: Orders) -> Result<(), KernelError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|error| KernelError::System { what: "starting the collector's event loop", error })?;
-        runtime.block_on(self.collect(window, stopped))
+        runtime.block_on(self.collect(window, orders))
     }
 
-    async fn collect(&mut self, window: Option<Duration>, stopped: oneshot::Receiver<()>) -> Result<(), KernelError> {
+    async fn collect(&mut self, window: Option<Duration>, orders: Orders) -> Result<(), KernelError> {
         let unwatchable = |error| KernelError::System { what: "waiting for a ring buffer", error };
         let notices = self.kernel.take_notices()?.watch().map_err(unwatchable)?;
         let overflow = self.kernel.take_overflow()?.watch().map_err(unwatchable)?;
@@ -98,7 +109,7 @@ impl Collector {
         self.cgroups = Cgroups::read(self.kernel.cgroups().controller());
         let log = self.kernel.take_log().map(DebugLog::watch).transpose().map_err(unwatchable)?;
         let mut sources = Sources { notices, cgroups, side_band, overflow, log };
-        let outcome = self.collect_until_stopped(window, stopped, &mut sources).await;
+        let outcome = self.collect_until_stopped(window, orders, &mut sources).await;
         // Whatever ended collection: the clock stops, and what was sampled is still read and handed on.
         let stopped = self.kernel.stop();
         self.learn(&mut sources);
@@ -111,7 +122,7 @@ impl Collector {
     async fn collect_until_stopped(
         &mut self,
         window: Option<Duration>,
-        mut stopped: oneshot::Receiver<()>,
+        mut orders: Orders,
         sources: &mut Sources,
     ) -> Result<(), KernelError> {
         let interval = window.map_or(DRAIN_INTERVAL, |window| window.min(DRAIN_INTERVAL));
@@ -119,10 +130,26 @@ impl Collector {
         drains.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut looks = interval_at(tokio::time::Instant::now(), LOOK_AGAIN);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut counts = interval_at(tokio::time::Instant::now(), COUNT_INTERVAL);
+        counts.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut window_opened = Instant::now();
+        let mut wanted = None;
         loop {
             tokio::select! {
-                _ = &mut stopped => return Ok(()),
+                _ = &mut orders.stopped => return Ok(()),
+                pace = changed(&mut orders.pace) => {
+                    self.learn(sources);
+                    wanted = Some(pace);
+                    if self.reach_pace(sources.overflow.get_mut(), &mut wanted)? {
+                        window_opened = Instant::now();
+                    }
+                }
+                _ = counts.tick() => {
+                    self.count()?;
+                    if self.reach_pace(sources.overflow.get_mut(), &mut wanted)? {
+                        window_opened = Instant::now();
+                    }
+                }
                 guard = sources.notices.readable_mut() => {
                     if let Ok(mut guard) = guard {
                         guard.clear_ready();
@@ -152,7 +179,13 @@ impl Collector {
                     self.learn(sources);
                     let lost = sources.side_band.as_ref().map_or(0, |side_band| side_band.get_ref().lost());
                     self.stats.set_mappings_lost(lost);
-                    self.drain(sources.overflow.get_mut(), closes_window, false)?;
+                    if closes_window && self.pace.wait_share > 0 && self.pace.collects {
+                        // The next threads have their turn.
+                        wanted.get_or_insert_with(|| self.pace.clone());
+                        self.reach_pace(sources.overflow.get_mut(), &mut wanted)?;
+                    } else {
+                        self.drain(sources.overflow.get_mut(), closes_window, false)?;
+                    }
                 }
                 () = flush_log(&mut sources.log) => {}
                 _ = looks.tick(), if self.table.is_expecting() => self.table.look_again(),
@@ -213,16 +246,43 @@ impl Collector {
         }
     }
 
+    /// Goes on at the wanted pace, behind everything that was collected before. False: there is none, or it has to wait
+    /// because the namer is too far behind.
+    fn reach_pace(&mut self, overflow: &mut Ring, wanted: &mut Option<Pace>) -> Result<bool, KernelError> {
+        self.offer_waiting();
+        let Some(pace) = wanted.take_if(|_| self.waiting.len() < 2) else { return Ok(false) };
+        self.kernel.stop()?;
+        self.collect_rows(overflow, Some(pace.clone()), true, true)?;
+        if let Some(waits) = &mut self.waits {
+            waits.begin_anew();
+        }
+        self.turn = self.turn.wrapping_add(1);
+        self.kernel.set_pace(pace.frequency, pace.following(self.turn));
+        self.pace = pace;
+        if self.pace.collects {
+            self.kernel.start()?;
+        }
+        Ok(true)
+    }
+
     /// Reads the sample buffers and hands the samples on. `is_last`: nothing is sampled any more.
     fn drain(&mut self, overflow: &mut Ring, closes_window: bool, is_last: bool) -> Result<(), KernelError> {
-        if let Some(waiting) = self.waiting.take() {
-            self.offer(waiting);
-        }
-        if let Some(waiting) = &mut self.waiting {
+        self.offer_waiting();
+        if let Some(waiting) = self.waiting.back_mut() {
             waiting.closes_window |= closes_window;
             self.stats.drains_postponed.add(1);
             return Ok(());
         }
+        self.collect_rows(overflow, None, closes_window, is_last)
+    }
+
+    fn collect_rows(
+        &mut self,
+        overflow: &mut Ring,
+        next: Option<Pace>,
+        closes_window: bool,
+        is_last: bool,
+    ) -> Result<(), KernelError> {
         let (table, cgroups) = (&mut self.table, &mut self.cgroups);
         let (waits, stats) = (&mut self.waits, &self.stats);
         let mut locate = |sample: RawSample| {
@@ -254,7 +314,7 @@ impl Collector {
         self.published.reuse_released();
         self.publish();
         let kernel_code = std::mem::take(&mut self.kernel_code);
-        self.offer(Batch { samples, kernel_code, closes_window });
+        self.offer(Batch { samples, kernel_code, closes_window, next });
         for tgid in self.table.end_drain() {
             self.kernel.remove_target(tgid)?;
         }
@@ -262,14 +322,20 @@ impl Collector {
         self.cgroups.end_drain();
         self.stats.set_table(self.table.stats());
         self.stats.set_unwind_tables(self.tables.stats(), self.published.refused());
+        self.count()?;
+        self.stats.set_cgroups(self.cgroups.stats(), self.cgroups.take_containers());
+        self.stats.set_clock(self.kernel.clock().map_or(0, Clock::cpus));
+        drained.and(settled)
+    }
+
+    /// Reads the kernel programs' counters.
+    fn count(&mut self) -> Result<(), KernelError> {
         let lost = self.stats.kernel(Counter::CgroupNoticesLost);
         self.stats.set_kernel_counters(&self.kernel.counters()?);
         if self.stats.kernel(Counter::CgroupNoticesLost) != lost {
             self.cgroups.scan();
         }
-        self.stats.set_cgroups(self.cgroups.stats(), self.cgroups.take_containers());
-        self.stats.set_clock(self.kernel.clock().map_or(0, Clock::cpus));
-        drained.and(settled)
+        Ok(())
     }
 
     /// Adds what waits have cost since the last drain.
@@ -285,8 +351,10 @@ impl Collector {
         });
         // Where the threads could not be read, what has ended is still handed on.
         let now_ns = now.as_ref().map_or(0, |now| now.unwrap_or(0));
-        let settled = waits.settle(&threads, now_ns, is_last);
-        for sample in &settled {
+        let mut settled = waits.settle(&threads, now_ns, is_last);
+        let scale = self.pace.wait_scale();
+        for sample in &mut settled {
+            sample.scale(scale);
             self.stats.count_wait_end(sample.end, sample.time_ns);
         }
         samples.extend(settled);
@@ -295,18 +363,26 @@ impl Collector {
     }
 
     fn offer(&mut self, batch: Batch) {
-        match self.batches.try_send(batch) {
-            Ok(()) => {}
-            Err(TrySendError::Full(batch)) => self.waiting = Some(batch),
-            Err(TrySendError::Disconnected(batch)) => self.count_undeliverable(&batch),
+        self.waiting.push_back(batch);
+        self.offer_waiting();
+    }
+
+    /// Hands on what the queue has room for.
+    fn offer_waiting(&mut self) {
+        while let Some(batch) = self.waiting.pop_front() {
+            match self.batches.try_send(batch) {
+                Ok(()) => {}
+                Err(TrySendError::Full(batch)) => return self.waiting.push_front(batch),
+                Err(TrySendError::Disconnected(batch)) => self.count_undeliverable(&batch),
+            }
         }
     }
 
     fn deliver_waiting(&mut self) {
-        if let Some(batch) = self.waiting.take()
-            && let Err(refused) = self.batches.send(batch)
-        {
-            self.count_undeliverable(&refused.0);
+        while let Some(batch) = self.waiting.pop_front() {
+            if let Err(refused) = self.batches.send(batch) {
+                self.count_undeliverable(&refused.0);
+            }
         }
     }
 
@@ -314,6 +390,15 @@ impl Collector {
         let tally = batch.samples.iter().map(LocatedSample::tally).sum();
         self.stats.dropped_namer_gone.add(tally);
     }
+}
+
+/// Waits for another pace.
+async fn changed(pace: &mut watch::Receiver<Pace>) -> Pace {
+    // An error means that nobody can change it any more.
+    if pace.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    pace.borrow_and_update().clone()
 }
 
 /// Waits for new code; for ever where it is not announced.

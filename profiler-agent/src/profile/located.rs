@@ -76,6 +76,14 @@ impl LocatedSample {
         }
     }
 
+    /// Lets a wait stand for `factor` times as much.
+    pub fn scale(&mut self, factor: f64) {
+        if (factor - 1.0).abs() > f64::EPSILON {
+            let scaled = |number: u64| (number as f64 * factor).round() as u64;
+            (self.count, self.time_ns) = (scaled(self.count), scaled(self.time_ns));
+        }
+    }
+
     /// How much it stands for.
     pub fn tally(&self) -> Tally {
         Tally::of(self.kind, self.count, self.time_ns)

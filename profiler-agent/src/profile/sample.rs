@@ -7,7 +7,7 @@ use std::{
 
 use profiler_common::abi::sample::{EventKind, StackEnd};
 
-use super::{Events, Frame, ProcessInfo, Resource, Tally};
+use super::{Events, Frame, Mark, ProcessInfo, Resource, Tally};
 
 /// What stands in the place of a [`Resource`] until it is known whose sample it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,6 +52,8 @@ pub struct Profile<R = Arc<Resource>> {
     pub duration: Duration,
     /// CPU time that one sample of CPU time stands for.
     pub period: Duration,
+    /// What is unusual about how it was collected.
+    pub marks: Arc<[Mark]>,
     /// The rows, each a distinct combination of process, thread name and stack.
     pub samples: Vec<Sample<R>>,
 }
@@ -82,6 +84,7 @@ impl Profile<Unlabelled> {
             start: self.start,
             duration: self.duration,
             period: self.period,
+            marks: self.marks,
         }
     }
 }

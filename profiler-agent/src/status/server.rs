@@ -77,6 +77,7 @@ fn answer<B>(request: &Request<B>, peer: IpAddr, stats: &Stats) -> Response<Full
         }
         "/healthz" => text(StatusCode::OK, "ok\n".to_owned()),
         "/readyz" if stats.is_ready() => text(StatusCode::OK, "ready\n".to_owned()),
+        "/readyz" if stats.is_stopped() => text(StatusCode::SERVICE_UNAVAILABLE, "stopped\n".to_owned()),
         "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "not sampling\n".to_owned()),
         _ => text(StatusCode::NOT_FOUND, "try /metrics, /healthz, /readyz or /debug/state\n".to_owned()),
     }

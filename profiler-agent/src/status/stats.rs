@@ -12,6 +12,7 @@ use profiler_common::abi::{
 
 use crate::{
     cgroups::CgroupStats,
+    control::Control,
     export::delivery::DestinationStats,
     kernel::WaitTotals,
     label::{LabelStats, kubernetes::Pods},
@@ -58,6 +59,27 @@ impl Amount {
     }
 }
 
+/// What the kernel programs have counted.
+#[derive(Debug)]
+struct KernelCounters {
+    /// Those that were loaded before.
+    before: [u64; Counter::COUNT],
+    now: Vec<u64>,
+}
+
+impl Default for KernelCounters {
+    fn default() -> Self {
+        Self { before: [0; Counter::COUNT], now: Vec::new() }
+    }
+}
+
+impl KernelCounters {
+    fn total(&self, counter: Counter) -> u64 {
+        let now = self.now.get(counter as usize).copied().unwrap_or_default();
+        self.before[counter as usize].saturating_add(now)
+    }
+}
+
 /// Everything that is counted. Written by the stages, read by `/metrics` and reports.
 #[derive(Debug, Default)]
 pub struct Stats {
@@ -88,7 +110,7 @@ pub struct Stats {
     ends: [Count; StackEnd::ALL.len()],
     wait_ends: [Count; StackEnd::ALL.len()],
     waits: Mutex<(WaitStats, WaitTotals)>,
-    kernel: Mutex<Vec<u64>>,
+    kernel: Mutex<KernelCounters>,
     table: Mutex<TableStats>,
     cgroups: Mutex<(CgroupStats, Vec<Arc<Cgroup>>)>,
     symbolize: Mutex<SymbolizeStats>,
@@ -96,6 +118,13 @@ pub struct Stats {
     unwind_tables: Mutex<(TableBuilderStats, u64)>,
     cpus: AtomicUsize,
     ready: AtomicBool,
+    stopped: AtomicBool,
+    /// How the budget is kept.
+    pub control: Control,
+    /// Times that the configuration was read again and holds.
+    pub config_loaded: Count,
+    /// Times that it was read again and refused.
+    pub config_refused: Count,
 }
 
 impl Stats {
@@ -134,13 +163,21 @@ impl Stats {
 
     /// Takes over the kernel's counters, in the order of [`Counter::ALL`].
     pub fn set_kernel_counters(&self, counters: &[u64]) {
-        counters.clone_into(&mut self.kernel.lock().unwrap_or_else(PoisonError::into_inner));
+        counters.clone_into(&mut self.kernel.lock().unwrap_or_else(PoisonError::into_inner).now);
     }
 
-    /// A kernel counter as of the last drain.
+    /// The programs are loaded anew: their counters begin at zero.
+    pub fn keep_kernel_counters(&self) {
+        let mut kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+        for counter in Counter::ALL {
+            kernel.before[*counter as usize] = kernel.total(*counter);
+        }
+        kernel.now.clear();
+    }
+
+    /// A kernel counter as of the last look.
     pub fn kernel(&self, counter: Counter) -> u64 {
-        let counters = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
-        counters.get(counter as usize).copied().unwrap_or_default()
+        self.kernel.lock().unwrap_or_else(PoisonError::into_inner).total(counter)
     }
 
     /// Samples that the kernel programs saw and could not keep.
@@ -245,6 +282,16 @@ impl Stats {
     /// CPUs that are being sampled.
     pub fn cpus(&self) -> usize {
         self.cpus.load(Ordering::Relaxed)
+    }
+
+    /// Notes whether somebody has stopped collection.
+    pub fn set_stopped(&self, stopped: bool) {
+        self.stopped.store(stopped, Ordering::Relaxed);
+    }
+
+    /// Whether somebody has stopped collection.
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed)
     }
 
     /// Notes whether sampling is under way.

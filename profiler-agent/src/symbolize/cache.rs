@@ -70,12 +70,34 @@ impl FrameCache {
         }
     }
 
+    /// Keeps to another budget from now on.
+    pub(super) fn set_budget(&mut self, budget: usize) {
+        self.budget = budget;
+        if self.young_bytes > budget / 2 {
+            self.evictions += 1;
+            self.young.clear();
+            self.young_bytes = 0;
+        }
+        if self.old_bytes > budget / 2 {
+            self.old.clear();
+            self.old_bytes = 0;
+        }
+    }
+
     /// Drops one frame.
     pub(super) fn forget(&mut self, key: FrameKey) {
         for (frames, bytes) in [(&mut self.young, &mut self.young_bytes), (&mut self.old, &mut self.old_bytes)] {
             if let Some(frame) = frames.remove(&key) {
                 *bytes = bytes.saturating_sub(bytes_of(&frame));
             }
+        }
+    }
+
+    /// Drops the frames of all files.
+    pub(super) fn forget_files(&mut self) {
+        for (frames, bytes) in [(&mut self.young, &mut self.young_bytes), (&mut self.old, &mut self.old_bytes)] {
+            frames.retain(|key, _| !matches!(key, FrameKey::File(..)));
+            *bytes = frames.values().map(|frame| bytes_of(frame)).sum();
         }
     }
 

@@ -36,9 +36,12 @@ pub use self::{
     source::{NoSource, SourceOptions, SourceStats},
     symbols::SymbolSource,
 };
-use crate::profile::{
-    Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, KernelChanges, KernelCode, LocatedSample,
-    Location, Nameless, Profile, RuntimeCode, Unlabelled,
+use crate::{
+    allowance::Allowance,
+    profile::{
+        Executable, ExecutableId, FileOffset, Frame, FrameName, FrameType, KernelChanges, KernelCode, LocatedSample,
+        Location, Nameless, Profile, RuntimeCode, Unlabelled,
+    },
 };
 
 /// What was asked and found, for metrics.
@@ -109,6 +112,7 @@ pub struct FrameNamer {
     runtime: RuntimeNames,
     /// `None` where neither source lines nor inlined functions are asked for.
     sources: Option<SourceStore>,
+    allowance: Arc<Allowance>,
     /// Frames in the cache whose files are not read yet: none of them outlives its batch there.
     pending: Vec<FrameKey>,
     stats: SymbolizeStats,
@@ -117,16 +121,39 @@ pub struct FrameNamer {
 impl FrameNamer {
     /// A namer whose frames, symbols and names of code made at run time take about `budget` bytes: three, four and one
     /// eighth of it; debug information comes on top. `servers` are asked for debug files that this machine does not have.
-    pub fn new(budget: usize, servers: Option<Arc<Debuginfod>>, source: SourceOptions) -> Self {
+    /// Files are read within an allowance.
+    pub fn new(
+        budget: usize,
+        servers: Option<Arc<Debuginfod>>,
+        source: SourceOptions,
+        allowance: Arc<Allowance>,
+    ) -> Self {
         Self {
             kernel: KernelSymbols::new(),
             cache: FrameCache::new(budget / 8 * 3),
-            symbols: SymbolStore::new(budget / 2, servers.clone()),
+            symbols: SymbolStore::new(budget / 2, servers.clone(), Arc::clone(&allowance)),
             servers,
             runtime: RuntimeNames::new(budget / 8),
-            sources: SourceStore::new(source),
+            sources: SourceStore::new(source, Arc::clone(&allowance)),
+            allowance,
             pending: Vec::new(),
             stats: SymbolizeStats::default(),
+        }
+    }
+
+    /// Keeps to another budget from now on: see [`Self::new`].
+    pub fn set_budget(&mut self, budget: usize) {
+        self.cache.set_budget(budget / 8 * 3);
+        self.symbols.set_budget(budget / 2);
+        self.runtime.set_budget(budget / 8);
+    }
+
+    /// Looks for source lines and inlined functions as `options` say from now on; `None`: not at all.
+    pub fn set_source(&mut self, options: Option<SourceOptions>) {
+        let sources = options.and_then(|options| SourceStore::new(options, Arc::clone(&self.allowance)));
+        if self.sources.is_some() != sources.is_some() {
+            self.sources = sources;
+            self.cache.forget_files();
         }
     }
 
@@ -484,7 +511,7 @@ pub(crate) mod tests {
             count: 1,
             time_ns: 0,
         };
-        let mut namer = FrameNamer::new(1 << 30, None, SourceOptions::default());
+        let mut namer = FrameNamer::new(1 << 30, None, SourceOptions::default(), Arc::default());
         let frames = namer.name(&[sample], Duration::ZERO).pop().expect("a stack");
         assert_eq!(frames[0].name, FrameName::Unnamed(Nameless::Pending));
         assert_eq!(namer.stats().frames_unnamed, 1, "what is pending is not lost yet");
@@ -496,6 +523,7 @@ pub(crate) mod tests {
             start: SystemTime::UNIX_EPOCH,
             duration: Duration::ZERO,
             period: Duration::ZERO,
+            marks: Arc::default(),
             samples: vec![row],
         };
         namer.settle(&mut profile, Duration::from_secs(60));

@@ -16,7 +16,7 @@ use std::{
 
 use tracing::warn;
 
-use crate::profile::ExecutableId;
+use crate::{allowance::Allowance, profile::ExecutableId};
 
 /// Most threads, with those that are stuck: then nothing is read until one of them comes back.
 const MAX_THREADS: usize = 8;
@@ -48,14 +48,20 @@ struct Shared<J, R> {
     waiting: Mutex<Receiver<(ExecutableId, J)>>,
     running: Running,
     results: SyncSender<(ExecutableId, Option<R>)>,
+    allowance: Arc<Allowance>,
 }
 
 impl<J: Send + 'static, R: Send + 'static> Workers<J, R> {
-    /// As many workers, whose threads are started when there is work.
-    pub(in crate::symbolize) fn new(work: Work<J, R>, wanted: usize, limit: Duration) -> Self {
+    /// As many workers, whose threads are started when there is work, and only work within an allowance.
+    pub(in crate::symbolize) fn new(
+        work: Work<J, R>,
+        wanted: usize,
+        limit: Duration,
+        allowance: Arc<Allowance>,
+    ) -> Self {
         let (jobs, waiting) = sync_channel(MAX_WAITING);
         let (results, done) = sync_channel(MAX_DONE);
-        let shared = Shared { work, waiting: Mutex::new(waiting), running: Mutex::default(), results };
+        let shared = Shared { work, waiting: Mutex::new(waiting), running: Mutex::default(), results, allowance };
         Self { jobs, done, shared: Arc::new(shared), threads: 0, wanted, limit }
     }
 
@@ -105,9 +111,11 @@ impl<J, R> Shared<J, R> {
         loop {
             let next = lock(&self.waiting).recv();
             let Ok((id, job)) = next else { return };
-            lock(&self.running).insert(id, Instant::now());
-            // Files are untrusted and their readers are fuzzed; if one panics all the same, it costs names only.
-            let result = panic::catch_unwind(AssertUnwindSafe(|| (self.work)(job))).ok();
+            let result = self.allowance.spend(|| {
+                lock(&self.running).insert(id, Instant::now());
+                // Files are untrusted and their readers are fuzzed; if one panics all the same, it costs names only.
+                panic::catch_unwind(AssertUnwindSafe(|| (self.work)(job))).ok()
+            });
             lock(&self.running).remove(&id);
             if self.results.send((id, result)).is_err() {
                 return;
@@ -150,7 +158,7 @@ mod tests {
     /// it is not too late.
     #[test]
     fn slow_files_do_not_delay_others() {
-        let mut workers = Workers::new(work, 2, Duration::ZERO);
+        let mut workers = Workers::new(work, 2, Duration::ZERO, Arc::default());
         let mut words = Vec::new();
         for id in 0..4 {
             let (word, waits) = sync_channel(1);
@@ -174,7 +182,7 @@ mod tests {
     /// A thread outlives a job that panics.
     #[test]
     fn panics_cost_one_result() {
-        let mut workers = Workers::new(work, 2, LONG);
+        let mut workers = Workers::new(work, 2, LONG, Arc::default());
         for id in 0..3 {
             assert!(workers.offer(ExecutableId(id), Job::Panic).is_ok());
         }

@@ -21,7 +21,6 @@ use std::{
     time::Duration,
 };
 
-use nix::time::{ClockId, clock_gettime};
 use tracing::{debug, warn};
 
 pub use self::store::{StoreStats, TableMaps};
@@ -30,7 +29,11 @@ use self::{
     store::Store,
     table::Rules,
 };
-use crate::{kernel::release_free_memory, profile::Executable};
+use crate::{
+    allowance::{Allowance, thread_time},
+    kernel::release_free_memory,
+    profile::Executable,
+};
 
 /// Kernel memory for rows unless the operator says otherwise: some 16 million rows.
 pub const DEFAULT_TABLE_BYTES: usize = 64 << 20;
@@ -40,6 +43,9 @@ const LARGE: usize = 50_000;
 const UNIQUE: u64 = 0x9e37_79b9_7f4a_7c15;
 /// How long the thread sleeps without being asked for anything.
 const IDLE: Duration = Duration::from_secs(5);
+
+/// How long it sleeps where it may not build anything now.
+const NO_ALLOWANCE: Duration = Duration::from_millis(50);
 
 /// Sizes and events, for metrics.
 #[derive(Clone, Copy, Debug, Default)]
@@ -78,8 +84,8 @@ pub struct TableBuilder {
 }
 
 impl TableBuilder {
-    /// Starts the thread. Rows take at most `budget` bytes of kernel memory.
-    pub fn start(maps: impl TableMaps + Send + 'static, budget: usize) -> io::Result<Self> {
+    /// Starts the thread, which builds within an allowance. Rows take at most `budget` bytes of kernel memory.
+    pub fn start(maps: impl TableMaps + Send + 'static, budget: usize, allowance: Arc<Allowance>) -> io::Result<Self> {
         let inbox = Shared::default();
         let worker = Worker {
             inbox: Arc::clone(&inbox),
@@ -87,6 +93,7 @@ impl TableBuilder {
             rules: Rules::default(),
             hasher: RandomState::new(),
             stats: TableBuilderStats::default(),
+            allowance,
         };
         let thread = thread::Builder::new().name("tables".to_owned()).spawn(move || worker.run())?;
         Ok(Self { inbox, thread: Some(thread) })
@@ -135,6 +142,7 @@ struct Worker<M> {
     rules: Rules,
     hasher: RandomState,
     stats: TableBuilderStats,
+    allowance: Arc<Allowance>,
 }
 
 impl<M: TableMaps> Worker<M> {
@@ -162,13 +170,16 @@ impl<M: TableMaps> Worker<M> {
         self.stats.store = self.store.stats();
         self.stats.rules = self.rules.all().len();
         inbox.stats = self.stats;
-        if inbox.wanted.is_empty() && inbox.forgotten.is_empty() && !inbox.stopped {
-            inbox = wake.wait_timeout(inbox, IDLE).unwrap_or_else(PoisonError::into_inner).0;
+        let may_build = self.allowance.is_open();
+        if (inbox.wanted.is_empty() || !may_build) && inbox.forgotten.is_empty() && !inbox.stopped {
+            let pause = if inbox.wanted.is_empty() { IDLE } else { NO_ALLOWANCE };
+            inbox = wake.wait_timeout(inbox, pause).unwrap_or_else(PoisonError::into_inner).0;
         }
         if inbox.stopped {
             return None;
         }
-        let first = self.store.most_missed(inbox.wanted.keys().copied());
+        let wanted = inbox.wanted.keys().copied().filter(|_| may_build);
+        let first = self.store.most_missed(wanted);
         let wanted = first.and_then(|first| inbox.wanted.remove(&first));
         Some((std::mem::take(&mut inbox.forgotten), wanted))
     }
@@ -179,9 +190,10 @@ impl<M: TableMaps> Worker<M> {
         self.store.prepare()?;
         let Some(executable) = wanted else { return Ok(()) };
         self.store.begin(executable.table)?;
-        let (time_before, rows_before) = (cpu_time(), self.stats.rows_built);
+        let (time_before, rows_before) = (thread_time(), self.stats.rows_built);
         let outcome = self.provide(executable);
-        let time = cpu_time().saturating_sub(time_before);
+        let time = thread_time().saturating_sub(time_before);
+        self.allowance.take(time);
         self.stats.build_time += time;
         debug!(
             "unwind table of {}: {} rows built in {:.1} ms of CPU time",
@@ -228,9 +240,4 @@ impl<M: TableMaps> Worker<M> {
             }
         }
     }
-}
-
-/// CPU time of this thread.
-fn cpu_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }

@@ -204,6 +204,11 @@ impl WaitBook {
         samples
     }
 
+    /// Forgets all waits: they have been charged, and are not followed any more.
+    pub fn begin_anew(&mut self) {
+        *self = Self { stats: self.stats, ..Self::default() };
+    }
+
     /// Sizes and events so far.
     pub fn stats(&self) -> WaitStats {
         WaitStats { stacks: self.known.len(), bytes: self.bytes, ..self.stats }

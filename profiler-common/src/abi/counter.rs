@@ -67,5 +67,10 @@ counters! {
     ThreadsFull, "threads_full", Info, "Times a thread that left its CPU could not be remembered.";
     NoticesLost, "notices_lost", Info, "Process notices (fork, exec, exit, new place, table wanted) that found their ring full.";
     CgroupNoticesLost, "cgroup_notices_lost", Info, "Notices of new and removed cgroups that found their ring full; the cgroups are read again.";
+    OnCpuNs, "on_cpu_nanoseconds", Info, "Time that the kernel program of the sampling clock ran.";
+    Switches, "switches", Info, "Times a CPU turned to another thread while waits were followed.";
+    SwitchesNs, "switches_nanoseconds", Info, "Time that the kernel program of these ran, without taking stacks; measured at some of them.";
+    WaitStacksNs, "wait_stacks_nanoseconds", Info, "Time that it took the stacks of waits.";
+    NoticesNs, "notices_nanoseconds", Info, "Time that the kernel programs ran that announce processes and cgroups.";
     TargetsFull, "targets_full", Info, "Children of a recorded process that could not be followed because the target map was full.";
 }

@@ -16,8 +16,6 @@ pub struct Settings {
     pub no_user_mode_flags: u32,
     /// Never zero, so that no other read-only global can be merged with this one.
     pub magic: u32,
-    /// Stacks of waits that each CPU may take per second; zero: as many as there are.
-    pub wait_stacks_per_second: u32,
     /// 1: `sched_switch` says in its fourth argument in what state the thread leaves (Linux 5.18 and later).
     pub has_state_argument: u32,
     /// 1: the scheduler keeps books of when threads become ready to run, so that nobody has to watch them wake up.
@@ -28,6 +26,8 @@ pub struct Settings {
     pub cgroup_hierarchy: u32,
     /// The agent's PID namespace (`ns_common::inum`); zero: the initial one.
     pub pid_namespace: u32,
+    /// Zero.
+    pub reserved: u32,
     /// Waits that are shorter are not exported, nanoseconds.
     pub min_wait_ns: u64,
     /// Where the kernel keeps the code of its scheduler (`__sched_text_start`): stacks of waits begin there. Zero:

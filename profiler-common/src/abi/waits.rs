@@ -13,6 +13,11 @@ pub const MORE_THREADS: usize = 16_384;
 /// Places of waits that can be remembered. A power of two, so that indexes can be masked.
 pub const SITES: usize = 16_384;
 
+/// One of so many switches is timed.
+pub const TIMED_SWITCHES: u64 = 64;
+/// Most that [`WaitControl::share`] may be: one of 1,024 threads.
+pub const MAX_SHARE: u32 = 10;
+
 /// A thread's last wait. As large as a cache line, because several CPUs may use neighbouring slots.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -102,6 +107,8 @@ pub struct Ration {
     pub compared: u64,
     /// State of a generator of random numbers.
     pub random: u64,
+    /// Switches, to tell which of them are timed.
+    pub switches: u64,
     /// Start of the current period.
     pub period_ns: u64,
     /// Waits that are expected to last this long are chosen always, shorter ones in proportion. Zero: all are.
@@ -130,6 +137,26 @@ pub struct WaitControl {
     pub since_ns: u64,
     /// 1: a thread found no room once, so that one that is not known may have been waiting since any time.
     pub is_incomplete: u64,
+    /// Stacks that each CPU may take per second; zero: as many as there are.
+    pub stacks_per_second: u32,
+    /// One of 2^this threads is followed; [`MAX_SHARE`] at most.
+    pub share: u32,
+    /// Which one: less than 2^share.
+    pub turn: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+impl WaitControl {
+    /// Whether a thread is one of those that are followed. IDs in a row take turns (multiplicative hashing by the golden
+    /// ratio: Knuth, The Art of Computer Programming, 6.4), so that each turn has as many of them as any other.
+    #[inline(always)]
+    #[must_use]
+    pub const fn follows(&self, thread: u32) -> bool {
+        let hash = thread.wrapping_mul(0x9e37_79b1);
+        // (Two shifts, since one by 32 is none.)
+        (hash >> 1) >> (31 - (self.share & 31)) == self.turn
+    }
 }
 
 const _: () = {

@@ -23,7 +23,7 @@ use profiler_common::abi::{
 
 use crate::{
     aggregate::{self, mix},
-    capture,
+    capture, cost,
     layout::loaded,
     maps::{self, RATIONS, WAIT_CONTROL, WAIT_WALK_ON, count},
     scope,
@@ -43,13 +43,24 @@ const MAX_TRACING_FRAMES: usize = 12;
 /// `sched_switch(preempt, prev, next[, prev_state])`; `walk` drives the user stack walk.
 #[inline(always)]
 pub fn switch(ctx: &BtfTracePointContext, walk: impl Fn(&BtfTracePointContext, &mut Scratch)) {
-    let Some(ration) = RATIONS.get_ptr_mut(0) else { return };
-    // SAFETY: this CPU's value is used by one program at a time: they run with interrupts off.
-    let ration = unsafe { &mut *ration };
-    threads::touch(member(ctx.arg(1), loaded!(LAYOUT.task_pid)));
-    let now = queue::now(ration, ctx.arg(2));
-    arrive(ctx.arg(2), now, ration);
-    leave(ctx, now.monotonic_ns, ration, walk);
+    let (Some(ration), Some(control)) = (RATIONS.get_ptr_mut(0), WAIT_CONTROL.get_ptr(0)) else { return };
+    // SAFETY: this CPU's value is used by one program at a time: they run with interrupts off. What is read of the control
+    // only changes while no program runs.
+    let (ration, control) = unsafe { (&mut *ration, &*control) };
+    let began = cost::begin_switch(ration);
+    let (left, came) = (member(ctx.arg(1), loaded!(LAYOUT.task_pid)), member(ctx.arg(2), loaded!(LAYOUT.task_pid)));
+    let (follows_left, follows_came) = (control.follows(left), control.follows(came));
+    if follows_left || follows_came {
+        threads::touch(left);
+        let now = queue::now(ration, ctx.arg(2));
+        if follows_came {
+            arrive(ctx.arg(2), now, ration);
+        }
+        if follows_left {
+            leave(ctx, now.monotonic_ns, ration, control.stacks_per_second, walk);
+        }
+    }
+    cost::end_switch(began);
 }
 
 /// `sched_wakeup(task)`: from here on the thread only waits for a CPU. Used where the scheduler does not tell.
@@ -57,6 +68,11 @@ pub fn switch(ctx: &BtfTracePointContext, walk: impl Fn(&BtfTracePointContext, &
 pub fn wake(ctx: &BtfTracePointContext) {
     let task: u64 = ctx.arg(0);
     let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
+    let Some(control) = WAIT_CONTROL.get_ptr(0) else { return };
+    // SAFETY: as in `switch`.
+    if !unsafe { &*control }.follows(thread) {
+        return;
+    }
     let Some(wait) = threads::find(thread) else { return };
     if wait.began_ns != 0 && wait.ready_ns == 0 && wait.kind != EventKind::RunQueue as u8 {
         // SAFETY: the helper has no arguments.
@@ -224,6 +240,7 @@ fn leave(
     ctx: &BtfTracePointContext,
     now: u64,
     ration: &mut Ration,
+    stacks_per_second: u32,
     walk: impl Fn(&BtfTracePointContext, &mut Scratch),
 ) {
     let task: u64 = ctx.arg(1);
@@ -260,7 +277,7 @@ fn leave(
     wait.kind = kind as u8;
     wait.weight = 0;
     wait.unsampled = 0;
-    match ration::choose(ration, wait, now) {
+    match ration::choose(ration, u64::from(stacks_per_second), wait, now) {
         ration::Choice::Stack(weight) => {
             wait.weight = weight;
             count(Counter::WaitsSampled);
@@ -287,6 +304,7 @@ fn take_stack(
     // SAFETY: this CPU's scratch is used by one program at a time: they run with interrupts off; the map value is
     // initialized.
     let scratch = unsafe { &mut *scratch };
+    scratch.began_ns = cost::now();
     capture::identify(&mut scratch.sample.header, task, tgid, kind as u8);
     scratch.sample.header.waits = 1;
     kernel_stack(ctx, scratch);
@@ -326,6 +344,7 @@ fn is_scheduler(address: u64) -> bool {
 fn finish(scratch: &mut Scratch) {
     capture::complete(scratch);
     let is_counted = aggregate::add(scratch);
+    cost::charge(Counter::WaitStacksNs, scratch.began_ns);
     let Some(wait) = threads::find(bpf_get_current_pid_tgid() as u32) else { return };
     if is_counted {
         wait.key = scratch.sample.header.key();

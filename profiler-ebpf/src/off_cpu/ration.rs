@@ -5,8 +5,6 @@ use profiler_common::abi::{
     waits::{Ration, ThreadWait},
 };
 
-use crate::layout::loaded;
-
 /// Time between two looks at the ration: about 16 ms, in nanoseconds.
 const PERIOD: u64 = 1 << 24;
 /// A stack, in the units of [`Ration::tokens`]: so that a ration of one per second earns one unit per nanosecond.
@@ -31,10 +29,9 @@ pub enum Choice {
 }
 
 /// Decides about a wait that begins, before anybody knows how long it will last. Where its place has no slot, there
-/// is nothing that others could stand for it by.
+/// is nothing that others could stand for it by. `rate`: stacks that this CPU may take per second; zero: all of them.
 #[inline(always)]
-pub fn choose(ration: &mut Ration, wait: &ThreadWait, now: u64) -> Choice {
-    let rate = u64::from(loaded!(SETTINGS.wait_stacks_per_second));
+pub fn choose(ration: &mut Ration, rate: u64, wait: &ThreadWait, now: u64) -> Choice {
     if rate == 0 {
         return Choice::Stack(1);
     }

@@ -37,6 +37,8 @@ pub struct Scratch {
     pub hash: u64,
     /// Frames recorded so far, kernel and user.
     pub frames: u64,
+    /// When this sample was begun.
+    pub began_ns: u64,
     /// Registers with which the thread left user mode, as `struct pt_regs`.
     pub user_registers: [u64; pt_regs::WORDS],
     /// What is mapped in the process.

@@ -1,6 +1,6 @@
 //! From a profile to export requests.
 
-use std::{collections::BTreeMap, time::UNIX_EPOCH};
+use std::{collections::BTreeMap, sync::Arc, time::UNIX_EPOCH};
 
 use opentelemetry_proto::tonic::{
     collector::profiles::v1development::ExportProfilesServiceRequest,
@@ -145,8 +145,10 @@ fn wire_profiles(
         let parts = [(Events::OnCpu, on_cpu), (Events::OffCpu, off_cpu)];
         let parts = parts.into_iter().filter(|(_, samples)| !samples.is_empty());
         for (wire, (events, samples)) in profiles.iter_mut().zip(parts) {
-            let Profile { start, duration, period, .. } = *profile;
-            let part = Profile { events, start, duration, period, samples: samples.into_iter().cloned().collect() };
+            let Profile { start, duration, period, ref marks, .. } = *profile;
+            let marks = Arc::clone(marks);
+            let part =
+                Profile { events, start, duration, period, marks, samples: samples.into_iter().cloned().collect() };
             if let Ok(payload) = pprof::encode(&part) {
                 wire.original_payload_format = "pprof".to_owned();
                 wire.original_payload = payload;
@@ -182,6 +184,11 @@ fn wire_profile(
         period_type: Some(period_type),
         period,
         profile_id: profile_id(),
+        attribute_indices: profile
+            .marks
+            .iter()
+            .map(|mark| dictionary.attribute(mark.name, AttributeValue::Text(mark.value.to_string())))
+            .collect(),
         ..WireProfile::default()
     }
 }

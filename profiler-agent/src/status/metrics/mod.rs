@@ -2,6 +2,7 @@
 //!
 //! Names of the kernel's counters, their help and their order come from the counter enum itself.
 
+mod control;
 mod destinations;
 mod labels;
 
@@ -49,6 +50,7 @@ pub(super) fn render(stats: &Stats) -> String {
         "Rows (distinct stacks of functions per window) of OTLP requests.",
         stats.rows_encoded.get(),
     );
+    control::render(&mut page, stats);
     labels::render(&mut page, stats);
     destinations::render(&mut page, &stats.destinations());
     page.labelled(

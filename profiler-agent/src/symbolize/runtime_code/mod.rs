@@ -124,6 +124,11 @@ pub(super) struct RuntimeNames {
 }
 
 impl RuntimeNames {
+    /// Keeps to another budget from the next batch on.
+    pub(super) fn set_budget(&mut self, budget: usize) {
+        self.budget = budget;
+    }
+
     pub(super) fn new(budget: usize) -> Self {
         Self { files: HashMap::new(), budget, batch: 0, versions: 0, stats: RuntimeCodeStats::default() }
     }
@@ -281,7 +286,7 @@ mod tests {
     #[test]
     fn cached_frames_follow_the_files() {
         let (one, two) = (code("0 10 one\n"), code("500 10 later\n"));
-        let mut namer = FrameNamer::new(1 << 20, None, SourceOptions::default());
+        let mut namer = FrameNamer::new(1 << 20, None, SourceOptions::default(), Arc::default());
         let mut shown = || -> Vec<String> {
             let frames = namer.name(&samples(&[&one, &two]), Duration::ZERO);
             frames.iter().flatten().map(|frame| frame.display_name()).collect()

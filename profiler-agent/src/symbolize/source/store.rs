@@ -15,6 +15,7 @@ use tracing::debug;
 
 use super::{FileSource, NoSource, Source, SourceOptions};
 use crate::{
+    allowance::Allowance,
     profile::{Executable, ExecutableId},
     symbolize::workers::Workers,
 };
@@ -98,11 +99,11 @@ pub(in crate::symbolize) struct SourceStore {
 
 impl SourceStore {
     /// `None` where nothing is asked for.
-    pub(in crate::symbolize) fn new(options: SourceOptions) -> Option<Self> {
+    pub(in crate::symbolize) fn new(options: SourceOptions, allowance: Arc<Allowance>) -> Option<Self> {
         (options.lines || options.inlines).then(|| Self {
             options,
             files: HashMap::new(),
-            workers: Workers::new(look_up, THREADS, TIME_LIMIT),
+            workers: Workers::new(look_up, THREADS, TIME_LIMIT, allowance),
             clock: 0,
             stats: SourceStats::default(),
         })
@@ -236,7 +237,7 @@ mod tests {
         let functions = elf::functions(&executable.file().expect("own executable"));
         let addresses: Vec<u64> = functions.range(address..).copied().take(200).collect();
         let options = SourceOptions { lines: true, inlines: true, bytes: 1 << 30 };
-        let mut store = SourceStore::new(options).expect("lines are asked for");
+        let mut store = SourceStore::new(options, Arc::default()).expect("lines are asked for");
         assert!(store.of(&executable, None, addresses.iter().copied()).is_none());
         assert_eq!(store.next(Instant::now() + LONG), Some(executable.id));
         let found = store.of(&executable, None, addresses.iter().copied()).expect("it is there");

@@ -14,6 +14,7 @@ use tracing::debug;
 
 use super::FileSymbols;
 use crate::{
+    allowance::Allowance,
     profile::{Executable, ExecutableId, Nameless, SplitDebug},
     symbolize::{debuginfod::Debuginfod, workers::Workers},
 };
@@ -98,16 +99,26 @@ pub(in crate::symbolize) struct SymbolStore {
 }
 
 impl SymbolStore {
-    pub(in crate::symbolize) fn new(budget: usize, servers: Option<Arc<Debuginfod>>) -> Self {
+    pub(in crate::symbolize) fn new(
+        budget: usize,
+        servers: Option<Arc<Debuginfod>>,
+        allowance: Arc<Allowance>,
+    ) -> Self {
         Self {
             files: HashMap::new(),
-            workers: Workers::new(read, THREADS, TIME_LIMIT),
+            workers: Workers::new(read, THREADS, TIME_LIMIT, allowance),
             servers,
             budget,
             evicted: HashSet::new(),
             clock: 0,
             stats: StoreStats::default(),
         }
+    }
+
+    /// Keeps to another budget from now on.
+    pub(in crate::symbolize) fn set_budget(&mut self, budget: usize) {
+        self.budget = budget;
+        while self.stats.bytes > self.budget && self.evict_oldest() {}
     }
 
     /// The symbols of a file, which is read now if it was not; pending until it is.
@@ -358,7 +369,7 @@ mod tests {
     /// file.
     #[test]
     fn equal_files_are_read_once() {
-        let mut store = SymbolStore::new(usize::MAX, None);
+        let mut store = SymbolStore::new(usize::MAX, None, Arc::default());
         let files = [own(0, &[1]), own(1, &[1]), own(2, &[2])];
         for file in &files {
             assert!(store.of(file).is_err(), "nothing is read at once");
@@ -386,7 +397,7 @@ mod tests {
         fs::write(&program, elf(&id(7), 200)).expect("a file");
         let executable = own(0, &id(7));
         *executable.file.lock().expect("nobody panicked") = Some(Arc::new(File::open(program).expect("a file")));
-        (SymbolStore::new(usize::MAX, Some(Arc::clone(&client))), client, executable)
+        (SymbolStore::new(usize::MAX, Some(Arc::clone(&client)), Arc::default()), client, executable)
     }
 
     /// What a server does not have is not waited for again, until its answer has aged.
@@ -421,7 +432,7 @@ mod tests {
     /// What was used last stays.
     #[test]
     fn keeps_its_budget() {
-        let mut store = SymbolStore::new(usize::MAX, None);
+        let mut store = SymbolStore::new(usize::MAX, None, Arc::default());
         let files = [own(0, &[0]), own(1, &[1]), own(2, &[2])];
         store.budget = 2 * read_now(&mut store, &files[0]).bytes();
         read_now(&mut store, &files[1]);

@@ -1,0 +1,433 @@
+//! The daemon: starts and stops collection, keeps it within its budget, and follows the configuration.
+//!
+//! One loop, on the main thread. Whatever is decided here is small; all the work is done by the threads of the pipeline
+//! and of the exporters.
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval},
+};
+use tracing::{error, info};
+
+use super::{
+    books::books,
+    collection::{Collection, Surroundings, label_options},
+    effort::{cpu_budget, deferred_work, describe, governor, pace, wanted},
+    governor::Governor,
+    kill_switch::KillSwitch,
+    reload::Source,
+    socket::{self, Command, Reply},
+    spending::{Meter, memory},
+    stats::ControlStats,
+};
+use crate::{
+    allowance::Allowance,
+    config::{self, Config, FileFormat, Overrides},
+    export::{
+        self, Format,
+        delivery::{self, Delivering, Delivery},
+        files, otlp,
+    },
+    kernel, label,
+    pipeline::{PROFILE_QUEUE, Pace},
+    profile::Profile,
+    status::{self, Stats},
+};
+
+/// How long the last window may take to be delivered at shutdown.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time between two looks at the stop file.
+const LOOK: Duration = Duration::from_millis(200);
+/// Looks in a second: the budget and the configuration file are seen to once in so many.
+const LOOKS_PER_SECOND: u32 = 5;
+/// Seconds until collection is tried again where it could not be resumed.
+const RETRY_SECONDS: u32 = 10;
+/// Commands that may wait.
+const COMMAND_QUEUE: usize = 8;
+
+/// What the command line says.
+pub struct Options {
+    /// The configuration file.
+    pub config: Option<PathBuf>,
+    /// What flags and environment set.
+    pub overrides: Overrides,
+    /// The kernel's type information.
+    pub btf: PathBuf,
+    /// Whether kernel programs write to the log.
+    pub kernel_debug: bool,
+}
+
+/// Whether anything is collected.
+enum State {
+    Running(Collection),
+    /// Nothing is attached; what was collected is still being handed on.
+    Stopping(JoinHandle<anyhow::Result<()>>),
+    Stopped,
+}
+
+struct Daemon {
+    source: Source,
+    config: Config,
+    surroundings: Surroundings,
+    labels: label::Options,
+    kill_switch: KillSwitch,
+    governor: Governor,
+    meter: Meter,
+    state: State,
+    /// Seconds until collection is tried again, after it could not be started.
+    retry: u32,
+    stats: Arc<Stats>,
+}
+
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+    stop: Signal,
+    resume: Signal,
+}
+
+impl Signals {
+    fn catch() -> anyhow::Result<Self> {
+        let catch = |kind, name| signal(kind).with_context(|| format!("{name} cannot be caught"));
+        Ok(Self {
+            interrupt: catch(SignalKind::interrupt(), "SIGINT")?,
+            terminate: catch(SignalKind::terminate(), "SIGTERM")?,
+            hangup: catch(SignalKind::hangup(), "SIGHUP")?,
+            stop: catch(SignalKind::user_defined1(), "SIGUSR1")?,
+            resume: catch(SignalKind::user_defined2(), "SIGUSR2")?,
+        })
+    }
+}
+
+/// Runs until it is told to end.
+pub async fn run(options: Options, config: Config) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::catch()?;
+    let listener = TcpListener::bind(config.status)
+        .await
+        .with_context(|| format!("the status endpoint cannot listen on {}", config.status))?;
+    let stats = Arc::new(Stats::default());
+    let labels = label_options(config.kubernetes.clone(), config.labels.clone(), Some(config.export.window), &stats)?;
+    let delivery = Delivery::open(delivery_options(config.export.clone()), &stats)?;
+    let (profiles, queue) = mpsc::channel(PROFILE_QUEUE);
+    let status = tokio::spawn(status::serve(listener, Arc::clone(&stats)));
+    let (commands, mut orders) = mpsc::channel(COMMAND_QUEUE);
+    let control = socket::listen(&config.control.socket, commands);
+    let mut daemon = Daemon::new(options, config, labels, profiles, &stats)?;
+    let mut delivering = delivery.start(queue)?;
+    info!(
+        "exporting to {} every {}; status on http://{}/metrics",
+        destinations(&stats),
+        humantime::format_duration(daemon.config.export.window),
+        daemon.config.status,
+    );
+    if let Some(number) = kernel::pid_namespace() {
+        info!("only processes of the agent's own PID namespace ({number}) are seen");
+    }
+
+    let mut looks = interval(LOOK);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut look = 0_u32;
+    let failed = loop {
+        tokio::select! {
+            _ = signals.interrupt.recv() => { info!("interrupted: exporting the last window"); break false; }
+            _ = signals.terminate.recv() => { info!("terminated: exporting the last window"); break false; }
+            _ = signals.hangup.recv() => daemon.reload(true),
+            _ = signals.stop.recv() => daemon.command(true),
+            _ = signals.resume.recv() => daemon.command(false),
+            Some((command, reply)) = orders.recv() => daemon.obey(command, reply),
+            _ = looks.tick() => {
+                look = look.wrapping_add(1);
+                daemon.kill_switch.look();
+                if look.is_multiple_of(LOOKS_PER_SECOND) {
+                    daemon.reload(false);
+                    daemon.keep_budget();
+                }
+            }
+            // (That its queue is closed means that nothing can be delivered.)
+            _ = &mut delivering.ended => break true,
+            failed = daemon.state_changes() => if failed { break true },
+        }
+        daemon.reconcile()?;
+    };
+    stats.set_ready(false);
+    let outcome = daemon.end(delivering).await;
+    status.abort();
+    control.end();
+    if failed { outcome.and(Err(anyhow::anyhow!("collection ended"))) } else { outcome.map(|()| ExitCode::SUCCESS) }
+}
+
+impl Daemon {
+    fn new(
+        options: Options,
+        config: Config,
+        labels: label::Options,
+        profiles: mpsc::Sender<Profile>,
+        stats: &Arc<Stats>,
+    ) -> anyhow::Result<Self> {
+        let surroundings = Surroundings {
+            btf: options.btf,
+            kernel_debug: options.kernel_debug,
+            allowance: Arc::new(Allowance::default()),
+            stats: Arc::clone(stats),
+            profiles,
+        };
+        let kill_switch = KillSwitch::new(config.control.stop_file.clone(), config.control.stopped);
+        let mut daemon = Self {
+            source: Source::new(options.config, options.overrides),
+            governor: governor(&config),
+            config,
+            labels,
+            kill_switch,
+            meter: Meter::new(stats, Arc::clone(&surroundings.allowance)),
+            surroundings,
+            state: State::Stopped,
+            retry: 0,
+            stats: Arc::clone(stats),
+        };
+        daemon.surroundings.allowance.set_rate(deferred_work(&daemon.config));
+        if daemon.kill_switch.is_off() {
+            daemon.say_stopped();
+        } else {
+            daemon.start()?;
+        }
+        Ok(daemon)
+    }
+
+    /// Brings what is done into line with what is to be done.
+    fn reconcile(&mut self) -> anyhow::Result<()> {
+        let is_off = self.kill_switch.is_off();
+        self.stats.set_stopped(is_off);
+        match &self.state {
+            State::Running(_) if is_off => self.stop(),
+            State::Stopped if !is_off && self.retry == 0 => {
+                if let Err(error) = self.start() {
+                    self.retry = RETRY_SECONDS;
+                    error!("collection cannot go on: {error:#}; it is tried again in {RETRY_SECONDS} s");
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn start(&mut self) -> anyhow::Result<()> {
+        let collection = Collection::start(&self.config, self.labels.clone(), self.pace(), &self.surroundings)?;
+        self.state = State::Running(collection);
+        // (What it takes to begin is over, and says nothing of what comes.)
+        self.meter = Meter::new(&self.stats, Arc::clone(&self.surroundings.allowance));
+        self.stats.set_stopped(false);
+        self.stats.set_ready(true);
+        Ok(())
+    }
+
+    /// Detaches everything, now.
+    fn stop(&mut self) {
+        if let State::Running(collection) = std::mem::replace(&mut self.state, State::Stopped) {
+            self.state = State::Stopping(collection.stop());
+            self.stats.set_ready(false);
+            self.stats.set_clock(0);
+            if self.kill_switch.is_off() {
+                self.say_stopped();
+            }
+        }
+    }
+
+    fn say_stopped(&self) {
+        let reasons: Vec<String> = self.kill_switch.reasons().iter().map(ToString::to_string).collect();
+        info!("stopped by {}: no kernel program is attached, nothing is collected", reasons.join(" and "));
+        self.stats.set_stopped(true);
+    }
+
+    /// Resolves when collection has ended: true, if by itself.
+    async fn state_changes(&mut self) -> bool {
+        match &mut self.state {
+            State::Running(collection) => {
+                // Nobody reports an exit here: the sender is gone.
+                let _ = collection.failed().await;
+                self.stop();
+                true
+            }
+            State::Stopping(flushing) => {
+                let outcome = flushing.await;
+                self.state = State::Stopped;
+                match outcome {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => error!("collection ended badly: {error:#}"),
+                    Err(error) => error!("collection ended badly: {error}"),
+                }
+                kernel::release_free_memory();
+                false
+            }
+            State::Stopped => std::future::pending().await,
+        }
+    }
+
+    fn command(&mut self, stopped: bool) {
+        self.kill_switch.command(stopped);
+    }
+
+    fn obey(&mut self, command: Command, reply: Reply) {
+        match command {
+            Command::Stop => self.command(true),
+            Command::Resume => self.command(false),
+            Command::Reload => self.reload(true),
+            Command::State => {}
+        }
+        self.kill_switch.look();
+        if let Err(error) = self.reconcile() {
+            error!("{error:#}");
+        }
+        let state = socket::State {
+            collecting: matches!(self.state, State::Running(_)),
+            stopped_by: self.kill_switch.reasons().into_iter().map(|reason| reason.label().to_owned()).collect(),
+            frequency: self.governor.effort().frequency,
+        };
+        // An error means that nobody waits for it any more.
+        let _ = reply.send(state);
+    }
+
+    /// Sees to the budget, once a second.
+    fn keep_budget(&mut self) {
+        self.retry = self.retry.saturating_sub(1);
+        let spent = self.meter.read(&self.stats);
+        let memory = memory();
+        let cost = self.governor.cost();
+        if let State::Running(collection) = &self.state
+            && self.governor.observe(spent, memory)
+        {
+            let effort = self.governor.effort();
+            info!("{}", describe(&effort, &wanted(&self.config), cost, cpu_budget(&self.config)));
+            collection.set_pace(pace(&self.config, &effort));
+            kernel::release_free_memory();
+        }
+        self.stats.control.set(ControlStats {
+            effort: Some(self.governor.effort()),
+            cost: self.governor.cost(),
+            budget: cpu_budget(&self.config),
+            memory: memory.unwrap_or_default(),
+            memory_budget: self.config.budget.memory,
+        });
+        self.stats.control.add(&spent);
+    }
+
+    fn pace(&self) -> Pace {
+        pace(&self.config, &self.governor.effort())
+    }
+
+    /// Takes over the configuration file, if it has changed, or `always`.
+    fn reload(&mut self, always: bool) {
+        let config = match self.source.read(always) {
+            None => return,
+            Some(Ok(config)) => config,
+            Some(Err(error)) => {
+                self.stats.config_refused.add(1);
+                return error!("the configuration is left as it is: {error:#}");
+            }
+        };
+        self.stats.config_loaded.add(1);
+        if config == self.config {
+            return info!("the configuration was read again: nothing has changed");
+        }
+        if let Err(error) = self.take_over(config) {
+            self.stats.config_refused.add(1);
+            error!("the configuration is left as it is: {error:#}");
+        }
+    }
+
+    fn take_over(&mut self, config: Config) -> anyhow::Result<()> {
+        let old = &self.config;
+        if config.status != old.status || config.export != old.export || config.control.socket != old.control.socket {
+            anyhow::bail!("export, status.listen and control.socket only change with a restart of the agent");
+        }
+        let needs_restart = restarts(&config, old);
+        if config.kubernetes != old.kubernetes || config.labels != old.labels {
+            self.labels = label_options(
+                config.kubernetes.clone(),
+                config.labels.clone(),
+                Some(config.export.window),
+                &self.stats,
+            )?;
+        }
+        self.kill_switch.configure(config.control.stop_file.clone(), config.control.stopped);
+        self.config = config;
+        self.governor = governor(&self.config);
+        self.surroundings.allowance.set_rate(deferred_work(&self.config));
+        info!("the configuration was read again, and holds from now on");
+        if needs_restart {
+            // What was collected is exported as any window; collection goes on as soon as it is on its way.
+            self.stop();
+        } else if let State::Running(collection) = &self.state {
+            collection.set_pace(self.pace());
+        }
+        Ok(())
+    }
+
+    /// Ends collection and delivers what there is.
+    async fn end(mut self, delivering: Delivering) -> anyhow::Result<()> {
+        self.stop();
+        let flushing = match std::mem::replace(&mut self.state, State::Stopped) {
+            State::Stopping(flushing) => Some(flushing),
+            State::Running(_) | State::Stopped => None,
+        };
+        let (stats, events) = (Arc::clone(&self.stats), self.config.events);
+        // The queue of profiles is closed behind the last one.
+        drop(self);
+        // (An error means that a thread panicked, which was said.)
+        let _ = tokio::task::spawn_blocking(move || delivering.finish(FLUSH_TIMEOUT)).await;
+        let outcome = match flushing {
+            Some(flushing) => flushing.await.context("collection ended badly").and_then(|outcome| outcome),
+            None => Ok(()),
+        };
+        for line in books(&stats, events) {
+            info!("{line}");
+        }
+        outcome
+    }
+}
+
+/// Whether what is different takes a new collection.
+fn restarts(new: &Config, old: &Config) -> bool {
+    new.events != old.events
+        || new.waits.min_duration != old.waits.min_duration
+        || new.table_bytes != old.table_bytes
+        || new.debuginfod != old.debuginfod
+        || new.source != old.source
+        || new.kubernetes != old.kubernetes
+        || new.labels != old.labels
+        // The buffers were made for the old one.
+        || new.frequency > old.frequency
+}
+
+/// The configuration in the exporters' own words.
+fn delivery_options(export: config::Export) -> delivery::Options {
+    let limits = |bytes, age| export::Limits { bytes, age };
+    delivery::Options {
+        destinations: export.destinations,
+        spool: export.spool.map(|spool| delivery::SpoolOptions {
+            folder: spool.folder,
+            limits: limits(spool.bytes, Some(spool.max_age)),
+        }),
+        queue_bytes: export.queue_bytes,
+        files: export.files.map(|files| files::Settings {
+            folder: files.folder,
+            format: match files.format {
+                FileFormat::Pprof => Format::Pprof,
+                FileFormat::Otlp => Format::Otlp,
+            },
+            limits: limits(files.bytes, None),
+        }),
+        encoding: otlp::Options { original_payload: export.original_payload },
+    }
+}
+
+/// Where profiles go, for people.
+fn destinations(stats: &Stats) -> String {
+    stats.destinations().iter().map(|destination| destination.name.as_str()).collect::<Vec<_>>().join(", ")
+}

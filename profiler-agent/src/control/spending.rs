@@ -1,0 +1,158 @@
+//! What profiling costs this machine: the CPU time of the agent's threads, and of the kernel programs.
+
+use std::{
+    fs,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    time::{ClockId, clock_gettime},
+    unistd::{SysconfVar, sysconf},
+};
+use profiler_common::abi::counter::Counter;
+
+use crate::{allowance::Allowance, status::Stats};
+
+/// Time to enter and leave a program that its own look at the clock does not see: the event's machinery and that look
+/// itself. (Measured on Linux 6.18, as the difference to the kernel's own statistics.)
+const ENTRY_SECONDS: f64 = 40e-9;
+
+/// CPU seconds, by what took them.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Spent {
+    /// How long this is about, seconds.
+    pub elapsed: f64,
+    /// The agent's threads, but for the next.
+    pub agent: f64,
+    /// Reading symbols and building unwind tables, which has an allowance of its own.
+    pub files: f64,
+    /// The program of the sampling clock.
+    pub samples: f64,
+    /// Following waits, without taking stacks.
+    pub switches: f64,
+    /// Taking stacks of waits.
+    pub wait_stacks: f64,
+    /// Announcing processes and cgroups.
+    pub notices: f64,
+}
+
+impl Spent {
+    /// What the kernel programs took.
+    pub fn programs(&self) -> f64 {
+        self.samples + self.switches + self.wait_stacks + self.notices
+    }
+
+    /// What everything took.
+    pub fn total(&self) -> f64 {
+        self.agent + self.files + self.programs()
+    }
+
+    /// Adds what was spent besides.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.elapsed += other.elapsed;
+        self.agent += other.agent;
+        self.files += other.files;
+        self.samples += other.samples;
+        self.switches += other.switches;
+        self.wait_stacks += other.wait_stacks;
+        self.notices += other.notices;
+    }
+
+    /// What was added since `earlier`.
+    fn since(&self, earlier: &Self) -> Self {
+        let since = |now: f64, then: f64| (now - then).max(0.0);
+        Self {
+            elapsed: since(self.elapsed, earlier.elapsed),
+            agent: since(self.agent, earlier.agent),
+            files: since(self.files, earlier.files),
+            samples: since(self.samples, earlier.samples),
+            switches: since(self.switches, earlier.switches),
+            wait_stacks: since(self.wait_stacks, earlier.wait_stacks),
+            notices: since(self.notices, earlier.notices),
+        }
+    }
+}
+
+/// Reads what was spent.
+pub struct Meter {
+    started: Instant,
+    allowance: Arc<Allowance>,
+    last: Spent,
+}
+
+impl Meter {
+    /// Reads from now on.
+    pub fn new(stats: &Stats, allowance: Arc<Allowance>) -> Self {
+        let mut meter = Self { started: Instant::now(), allowance, last: Spent::default() };
+        meter.last = meter.total(stats);
+        meter
+    }
+
+    /// What was spent since this was last asked.
+    pub fn read(&mut self, stats: &Stats) -> Spent {
+        let total = self.total(stats);
+        let spent = total.since(&self.last);
+        self.last = total;
+        spent
+    }
+
+    fn total(&self, stats: &Stats) -> Spent {
+        let seconds = |counter| stats.kernel(counter) as f64 / 1e9;
+        let entries = |counter| stats.kernel(counter) as f64 * ENTRY_SECONDS;
+        let files = self.allowance.used();
+        Spent {
+            elapsed: self.started.elapsed().as_secs_f64(),
+            agent: process_time().as_secs_f64() - files,
+            files,
+            samples: seconds(Counter::OnCpuNs) + entries(Counter::Fired),
+            switches: seconds(Counter::SwitchesNs) + entries(Counter::Switches),
+            wait_stacks: seconds(Counter::WaitStacksNs),
+            notices: seconds(Counter::NoticesNs),
+        }
+    }
+}
+
+/// CPU time of this process.
+pub fn process_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from).unwrap_or_default()
+}
+
+/// Memory of this process that is not shared with files, bytes: what `RssAnon` of `/proc/self/status` says. Pages of files
+/// can be had back at any time.
+pub fn memory() -> Option<usize> {
+    // statm (man 5 proc_pid_statm): size, resident, shared (with files), each in pages.
+    let statm = fs::read_to_string("/proc/self/statm").ok()?;
+    let mut pages = statm.split_ascii_whitespace().skip(1).map(str::parse::<usize>);
+    let (resident, shared) = (pages.next()?.ok()?, pages.next()?.ok()?);
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|size| usize::try_from(size).ok())?;
+    Some(resident.saturating_sub(shared).saturating_mul(page))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What was spent is told once.
+    #[test]
+    fn tells_what_was_added() {
+        let stats = Stats::default();
+        let mut counters = vec![0; Counter::COUNT];
+        let mut meter = Meter::new(&stats, Arc::default());
+        counters[Counter::OnCpuNs as usize] = 3_000_000;
+        counters[Counter::SwitchesNs as usize] = 2_000_000_000;
+        counters[Counter::Switches as usize] = 1_000_000;
+        stats.set_kernel_counters(&counters);
+        let spent = meter.read(&stats);
+        assert!((spent.samples - 0.003).abs() < 1e-6 && (spent.switches - 2.04).abs() < 1e-6, "{spent:?}");
+        assert!(spent.total() >= spent.programs() && spent.elapsed > 0.0);
+        assert!(meter.read(&stats).programs() < 1e-9);
+    }
+
+    /// This process has some memory, and less than there is.
+    #[test]
+    fn memory_is_read() {
+        let bytes = memory().expect("statm");
+        assert!(bytes > 64 << 10 && bytes < 64 << 30, "{bytes}");
+    }
+}

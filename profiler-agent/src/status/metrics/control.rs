@@ -1,0 +1,51 @@
+//! What profiling costs, and what is done to keep it within its budget.
+
+use super::Page;
+use crate::status::Stats;
+
+pub(super) fn render(page: &mut Page, stats: &Stats) {
+    let (now, spent) = stats.control.get();
+    let seconds = |value: f64| format!("{value:.6}");
+    page.labelled(
+        "overhead_cpu_seconds",
+        "CPU time that profiling took: the agent, beside that its reading of symbols and building of unwind tables, and the kernel programs by what they did.",
+        [
+            ("agent", spent.agent),
+            ("files", spent.files),
+            ("samples", spent.samples),
+            ("switches", spent.switches),
+            ("wait_stacks", spent.wait_stacks),
+            ("notices", spent.notices),
+        ]
+        .map(|(part, value)| (format!("part=\"{part}\""), seconds(value))),
+    );
+    page.gauge("overhead_cpu_ratio", "What profiling cost lately, CPU seconds per second.", seconds(now.cost));
+    page.gauge("budget_cpu_ratio", "What it may cost, CPU seconds per second.", seconds(now.budget));
+    page.gauge("memory_bytes", "Memory of the agent, without pages of files.", now.memory);
+    page.gauge("budget_memory_bytes", "Memory that the agent may use.", now.memory_budget);
+    if let Some(effort) = now.effort {
+        page.gauge("sampling_frequency", "Samples per second and CPU that the budget allows.", effort.frequency);
+        page.gauge(
+            "wait_stacks_per_second",
+            "Stacks of waits per second and CPU that the budget allows; 0: all.",
+            effort.wait_stacks,
+        );
+        page.gauge(
+            "waits_followed_ratio",
+            "Share of the threads that are followed as they wait, each in its turn.",
+            1.0 / f64::from(1_u32 << effort.wait_share.min(31)),
+        );
+        page.gauge("names_budget_bytes", "Memory for names that the budget allows.", effort.names_bytes);
+    }
+    page.gauge("stopped", "1: somebody has stopped collection.", u8::from(stats.is_stopped()));
+    page.counter(
+        "config_reloads",
+        "Times that the configuration was read again while the agent ran, and holds.",
+        stats.config_loaded.get(),
+    );
+    page.counter(
+        "config_reloads_refused",
+        "Times that the configuration was read again and not taken over, because something in it is wrong.",
+        stats.config_refused.get(),
+    );
+}

@@ -1,0 +1,350 @@
+//! What keeps profiling in bounds: the kill switch, the budget, and a configuration that changes while the agent runs.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::sys::signal::Signal;
+use profiler_tests::{
+    Background, agent, ask_within, eventually, free_port, http_get, kernel_is_usable, metric,
+    programs::{Statistics, runs_of},
+    recorded, run, scratch, stderr, stdout,
+    stopped::Stopped,
+    workload,
+};
+
+/// Times that each way to stop is tried; `PROFILER_STOPS` makes it more.
+const STOPS: usize = 2;
+/// How long the budget is watched under load; `PROFILER_BUDGET_SECONDS` makes it longer.
+const BUDGET_SECONDS: u64 = 45;
+
+fn number_from(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+/// A daemon whose files are a test's own.
+struct Daemon {
+    process: Background,
+    folder: PathBuf,
+    status: u16,
+}
+
+impl Daemon {
+    fn start(test: &str, config: &str, more: &[&str]) -> Self {
+        let folder = scratch(test);
+        fs::write(folder.join("agent.yaml"), config).expect("a configuration file");
+        let status = free_port();
+        let process = Background::start(
+            Command::new(agent())
+                .args(["run", "--kubernetes", "false", "--status-listen", &format!("127.0.0.1:{status}")])
+                .arg("--config")
+                .arg(folder.join("agent.yaml"))
+                .arg("--stop-file")
+                .arg(folder.join("stop"))
+                .arg("--control-socket")
+                .arg(folder.join("agent.sock"))
+                .arg("--output-folder")
+                .arg(folder.join("profiles"))
+                .args(["--output-format", "otlp"])
+                .args(more),
+        );
+        Self { process, folder, status }
+    }
+
+    fn is_ready(&self) -> Option<()> {
+        http_get(self.status, "/readyz").filter(|page| page.starts_with("HTTP/1.1 200")).map(drop)
+    }
+
+    fn wait_until_ready(&self) {
+        eventually("readiness", Duration::from_secs(20), || self.is_ready());
+    }
+
+    /// `profiler-agent stop` or `resume`.
+    fn command(&self, name: &str) -> String {
+        let output = run(Command::new(agent())
+            .arg(name)
+            .arg("--stop-file")
+            .arg(self.folder.join("stop"))
+            .arg("--control-socket")
+            .arg(self.folder.join("agent.sock")));
+        assert!(output.status.success(), "{name}: {}", stderr(&output));
+        stdout(&output)
+    }
+
+    /// Asks over the control socket by hand.
+    fn post(&self, path: &str) -> String {
+        let output = run(Command::new("curl")
+            .args(["--silent", "--show-error", "--max-time", "10", "--request", "POST", "--unix-socket"])
+            .arg(self.folder.join("agent.sock"))
+            .arg(format!("http://agent{path}")));
+        assert!(output.status.success(), "{}", stderr(&output));
+        stdout(&output)
+    }
+
+    /// Replaces the configuration file, as a ConfigMap's is replaced: all at once.
+    fn configure(&self, text: &str) {
+        replace(&self.folder.join("agent.yaml"), text);
+    }
+
+    /// The end of a run: its log, which has the books.
+    fn end(self) -> String {
+        self.process.signal(Signal::SIGTERM);
+        let output = self.process.finish();
+        let text = stderr(&output);
+        assert!(output.status.success(), "{text}");
+        text
+    }
+}
+
+fn replace(path: &Path, text: &str) {
+    let next = path.with_extension("next");
+    fs::write(&next, text).and_then(|()| fs::rename(&next, path)).expect("a configuration file");
+}
+
+/// CPU time of a process's threads, those that have ended too, seconds.
+fn cpu_seconds(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("a process");
+    // (Fields 14 and 15 of man 5 proc_pid_stat; the name before may hold anything.)
+    let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_ascii_whitespace().collect();
+    let ticks: f64 = fields[11..13].iter().map(|field| field.parse::<f64>().expect("a number")).sum();
+    ticks / 100.0
+}
+
+/// Every way to stop detaches every program within a second, every way back resumes, and nothing that was collected
+/// before is lost.
+#[test]
+fn the_kill_switch_detaches_everything() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let _statistics = Statistics::on();
+    let tries = number_from("PROFILER_STOPS").map_or(STOPS, |tries| tries as usize);
+    let (go, stop) = ("export: {window: 2s}\n", "export: {window: 2s}\ncontrol: {stopped: true}\n");
+    let daemon = Daemon::start("kill-switch", go, &["--event", "both"]);
+    let pid = daemon.process.pid();
+    let file = daemon.folder.join("stop");
+    let load = Background::start(Command::new(workload("burner")).args(["2", "600"]));
+    type Act<'a> = Box<dyn Fn() + 'a>;
+    let ways: Vec<(&str, Act<'_>, Act<'_>)> = vec![
+        (
+            "file",
+            Box::new(|| fs::write(&file, "").expect("a file")),
+            Box::new(|| fs::remove_file(&file).expect("gone")),
+        ),
+        (
+            "signal",
+            Box::new(|| daemon.process.signal(Signal::SIGUSR1)),
+            Box::new(|| daemon.process.signal(Signal::SIGUSR2)),
+        ),
+        (
+            "socket",
+            Box::new(|| assert!(daemon.post("/stop").contains("\"collecting\":false"))),
+            Box::new(|| drop(daemon.post("/resume"))),
+        ),
+        ("configuration", Box::new(|| daemon.configure(stop)), Box::new(|| daemon.configure(go))),
+        (
+            "command",
+            Box::new(|| assert!(daemon.command("stop").starts_with("stopped"))),
+            Box::new(|| assert!(daemon.command("resume").starts_with("resumed"))),
+        ),
+    ];
+    for (way, stop, resume) in &ways {
+        let mut took = Vec::new();
+        for _ in 0..tries {
+            daemon.wait_until_ready();
+            let running = eventually("programs that run", Duration::from_secs(5), || {
+                Some(runs_of(pid)).filter(|runs| runs.count > 0)
+            });
+            thread::sleep(Duration::from_millis(200));
+            assert!(runs_of(pid).count > running.count, "{way}: nothing runs");
+            let begun = Instant::now();
+            stop();
+            // The last moment at which some program had run since the look before.
+            let (mut runs, mut last) = (runs_of(pid), begun);
+            while last.elapsed() < Duration::from_millis(700) {
+                thread::sleep(Duration::from_millis(5));
+                let now = runs_of(pid);
+                // (What is unloaded takes its counts with it.)
+                if now.programs == runs.programs && now.count != runs.count {
+                    last = Instant::now();
+                }
+                runs = now;
+            }
+            took.push(last - begun);
+            assert!(http_get(daemon.status, "/readyz").is_some_and(|page| page.ends_with("stopped\n")), "{way}");
+            resume();
+        }
+        took.sort();
+        println!("stopped by {way}: {tries} tries, median {:?}, longest {:?}", took[tries / 2], took[tries - 1]);
+        assert!(took[tries - 1] <= Duration::from_secs(1), "{way}: {took:?}");
+    }
+    daemon.wait_until_ready();
+    thread::sleep(Duration::from_secs(3));
+    drop(load);
+    drop(ways);
+    let text = daemon.end();
+    let books = Stopped::of(&text);
+    println!("{}", text.lines().last().unwrap_or_default());
+    assert!(books.balances() && books.seen > 1000, "{text}");
+}
+
+/// A stopped agent attaches nothing, also after a restart, and is as good as not there.
+#[test]
+fn a_stopped_agent_rests() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let folder = scratch("stopped");
+    let file = folder.join("stop");
+    fs::write(&file, "").expect("a file");
+    let daemon = Daemon::start("stopped-agent", "", &["--stop-file", &file.display().to_string()][..0]);
+    daemon.wait_until_ready();
+    assert!(daemon.command("stop").starts_with("stopped"));
+    let stop_file = daemon.folder.join("stop");
+    assert!(stop_file.exists());
+    // (What was collected before is still being handed on.)
+    eventually("an empty pipeline", Duration::from_secs(30), || {
+        Some(runs_of(daemon.process.pid()).programs).filter(|&programs| programs == 0)
+    });
+    let (before, begun) = (cpu_seconds(daemon.process.pid()), Instant::now());
+    thread::sleep(Duration::from_secs(20));
+    let share = (cpu_seconds(daemon.process.pid()) - before) / begun.elapsed().as_secs_f64();
+    println!("stopped: {:.3} % of a CPU", share * 100.0);
+    assert!(share < 0.001, "{share}");
+    daemon.end();
+    // The next one begins as the last one ended.
+    let next = Background::start(
+        Command::new(agent())
+            .args(["run", "--kubernetes", "false", "--status-listen"])
+            .arg(format!("127.0.0.1:{}", free_port()))
+            .arg("--stop-file")
+            .arg(&file)
+            .arg("--control-socket")
+            .arg(folder.join("agent.sock")),
+    );
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(runs_of(next.pid()).programs, 0);
+    next.signal(Signal::SIGTERM);
+    let text = stderr(&next.finish());
+    assert!(text.contains("stopped by file"), "{text}");
+}
+
+/// Under a load that is as expensive to profile as they come, the budget holds after a few seconds, and what is
+/// exported still adds up to what ran.
+#[test]
+fn the_budget_is_kept() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let _statistics = Statistics::on();
+    let seconds = number_from("PROFILER_BUDGET_SECONDS").unwrap_or(BUDGET_SECONDS);
+    let daemon = Daemon::start("budget-kept", "export: {window: 5s}\n", &["--event", "both"]);
+    daemon.wait_until_ready();
+    let pid = daemon.process.pid();
+    thread::sleep(Duration::from_secs(10));
+    let begun = Instant::now();
+    let load = Background::start(Command::new(workload("storm")).arg(seconds.to_string()));
+    let cpus = thread::available_parallelism().map_or(1, usize::from) as f64;
+    let mut last = (cpu_seconds(pid), runs_of(pid), Instant::now());
+    println!("second  Hz  stacks  followed  agent   programs  of the machine");
+    let mut shares = Vec::new();
+    while begun.elapsed().as_secs() < seconds {
+        thread::sleep(Duration::from_secs(5));
+        let now = (cpu_seconds(pid), runs_of(pid), Instant::now());
+        let elapsed = (now.2 - last.2).as_secs_f64();
+        let agent = (now.0 - last.0) / elapsed;
+        let programs = now.1.time_ns.saturating_sub(last.1.time_ns) as f64 / 1e9 / elapsed;
+        let share = (agent + programs) / cpus;
+        let gauge = |name: &str| metric(daemon.status, &format!("profiler_agent_{name}")).unwrap_or(f64::NAN);
+        println!(
+            "{:6}  {:2}  {:6}  {:8.3}  {:.2} %  {:6.2} %  {:.2} %",
+            begun.elapsed().as_secs(),
+            gauge("sampling_frequency"),
+            gauge("wait_stacks_per_second"),
+            gauge("waits_followed_ratio"),
+            agent * 100.0,
+            programs * 100.0,
+            share * 100.0
+        );
+        shares.push(share);
+        last = now;
+    }
+    let report = stdout(&load.finish());
+    let late = &shares[2..];
+    let mean = late.iter().sum::<f64>() / late.len() as f64;
+    println!("{report}overhead after ten seconds: {:.2} % of the machine", mean * 100.0);
+    assert!(mean <= 0.01, "the budget of 1 % does not hold: {shares:?}");
+    let folder = daemon.folder.join("profiles");
+    daemon.end();
+
+    let field = |name: &str| {
+        let line = report.lines().find_map(|line| line.strip_prefix(name)).expect("a line");
+        line.trim().parse::<f64>().expect("a number")
+    };
+    let (mut ran, mut waited) = (0.0, 0.0);
+    for file in fs::read_dir(folder).expect("profiles").flatten() {
+        for sample in recorded::samples(&fs::read(file.path()).expect("a profile")) {
+            if sample.process == "storm" {
+                *(if sample.is_wait { &mut waited } else { &mut ran }) += sample.time_ns as f64;
+            }
+        }
+    }
+    let expect_ran = field("ran");
+    // Its threads, two for each CPU, either run or wait (the first one waits for all of them).
+    let expect_waited = (2.0 * cpus + 1.0) * seconds as f64 * 1e9 - expect_ran;
+    println!(
+        "CPU time {:.2} s of {:.2} s, off the CPU {waited:.2} s of {:.2} s",
+        ran / 1e9,
+        expect_ran / 1e9,
+        expect_waited / 1e9,
+        waited = waited / 1e9,
+    );
+    assert!((ran / expect_ran - 1.0).abs() < 0.05, "CPU time: {ran} instead of {expect_ran}");
+    assert!((waited / expect_waited - 1.0).abs() < 0.1, "off the CPU: {waited} instead of {expect_waited}");
+}
+
+/// A changed configuration holds within moments, a wrong one is refused with the place, and no sample is lost by either.
+#[test]
+fn the_configuration_may_change() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let daemon = Daemon::start("reload", "sampling: {frequency: 49}\nexport: {window: 3s}\n", &[]);
+    daemon.wait_until_ready();
+    let load = Background::start(Command::new(workload("burner")).args(["2", "60"]));
+    let frequency = |wanted: f64| {
+        ask_within(Duration::from_secs(10), || {
+            metric(daemon.status, "profiler_agent_sampling_frequency").filter(|&now| (now - wanted).abs() < 0.5)
+        })
+    };
+    assert!(frequency(49.0).is_some());
+    daemon.configure("sampling: {frequency: 19}\nexport: {window: 3s}\n");
+    assert!(frequency(19.0).is_some(), "a lower rate does not hold");
+    daemon.configure("sampling:\n  frequency: 19\n  evnt: both\nexport: {window: 3s}\n");
+    let refused = || metric(daemon.status, "profiler_agent_config_reloads_refused_total").filter(|&count| count >= 1.0);
+    eventually("a refusal", Duration::from_secs(10), refused);
+    assert!(frequency(19.0).is_some());
+    daemon.configure("sampling: {frequency: 99, event: both}\nexport: {window: 3s}\n");
+    assert!(frequency(99.0).is_some(), "a higher rate does not hold");
+    daemon.wait_until_ready();
+    thread::sleep(Duration::from_secs(5));
+    drop(load);
+    let folder = daemon.folder.join("profiles");
+    let text = daemon.end();
+    println!("{text}");
+    assert!(text.contains("evnt") && text.contains("line 3"), "{text}");
+    let books = Stopped::of(&text);
+    assert!(books.balances() && books.dropped == 0, "{text}");
+    let mut periods: Vec<u64> = Vec::new();
+    for file in fs::read_dir(folder).expect("profiles").flatten() {
+        let samples = recorded::samples(&fs::read(file.path()).expect("a profile"));
+        periods.extend(samples.iter().filter(|sample| !sample.is_wait).map(|sample| sample.time_ns / sample.count));
+    }
+    periods.sort_unstable();
+    periods.dedup();
+    assert_eq!(periods, [1_000_000_000 / 99, 1_000_000_000 / 49, 1_000_000_000 / 19]);
+}
