@@ -106,6 +106,8 @@ struct Batch {
 pub struct Pipeline {
     stop: Option<oneshot::Sender<()>>,
     pace: watch::Sender<Pace>,
+    /// The pace that was reached last.
+    reached: watch::Receiver<Pace>,
     collector: JoinHandle<Result<(), KernelError>>,
     namer: JoinHandle<()>,
     labeller: JoinHandle<()>,
@@ -125,6 +127,7 @@ impl Pipeline {
         let (window_sender, windows) = sync_channel(WINDOW_QUEUE);
         let (stop, stopped) = oneshot::channel();
         let (pace, new_pace) = watch::channel(options.pace.clone());
+        let (reach_pace, reached) = watch::channel(options.pace.clone());
         let (report_exit, watched_exited) = oneshot::channel();
         let namer = {
             let (options, stats) = (options.clone(), Arc::clone(stats));
@@ -163,7 +166,7 @@ impl Pipeline {
                         batches: batch_sender,
                         waiting: VecDeque::new(),
                         stats,
-                        pace: options.pace,
+                        pace: reach_pace,
                         turn: 0,
                         watch: options.watch.unwrap_or_default(),
                         report_exit: Some(report_exit),
@@ -176,7 +179,7 @@ impl Pipeline {
                 })
                 .context("the collector thread could not be started")?
         };
-        Ok(Self { stop: Some(stop), pace, collector, namer, labeller, watched_exited })
+        Ok(Self { stop: Some(stop), pace, reached, collector, namer, labeller, watched_exited })
     }
 
     /// Asks the pipeline to stop the clock and flush; profiles still to come follow on the queue.
@@ -194,6 +197,11 @@ impl Pipeline {
             *current = pace;
             is_new
         });
+    }
+
+    /// Whether collection goes on at the pace that was last wished for.
+    pub fn has_reached_pace(&self) -> bool {
+        *self.pace.borrow() == *self.reached.borrow()
     }
 
     /// Waits for the threads. Call after the queue of profiles has closed.

@@ -16,7 +16,7 @@ use crate::{
     aggregate::mix,
     cgroup,
     layout::loaded,
-    lifecycle,
+    lifecycle, maps,
     memory::kernel,
     unwind::{self, Scratch},
 };
@@ -44,7 +44,7 @@ pub fn identify(header: &mut SampleHeader, task: u64, tgid: u32, kind: u8) {
     header.kind = kind;
     header.user_end = StackEnd::DepthLimit as u8;
     header.is_reference = 0;
-    header.reserved = 0;
+    header.epoch = maps::epoch();
 }
 
 /// Hash over what tells rows apart besides their frames.
@@ -55,7 +55,7 @@ pub fn hash_identity(header: &SampleHeader) -> u64 {
     let hash = mix(header.process.start_time_ns, process);
     let hash = mix(hash, u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
     let hash = mix(hash, u64::from_ne_bytes([i, j, k, l, m, n, o, p]));
-    mix(mix(hash, header.cgroup), u64::from(header.kind))
+    mix(mix(hash, header.cgroup), u64::from(header.kind) << 8 | u64::from(header.epoch))
 }
 
 /// Completes a sample whose frames are all recorded.

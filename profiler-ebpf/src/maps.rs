@@ -193,6 +193,16 @@ pub static WAIT_SITES: Array<WaitSite, SITES, { BPF_F_MMAPABLE as usize }> = Arr
 #[btf_map]
 pub static WAIT_CONTROL: Array<WaitControl, 1> = Array::new();
 
+/// What rows are marked with now.
+#[inline(always)]
+pub fn epoch() -> u8 {
+    match WAIT_CONTROL.get_ptr(0) {
+        // SAFETY: an array's slots are always there.
+        Some(control) => unsafe { (&raw const (*control).epoch).read_volatile() as u8 },
+        None => 0,
+    }
+}
+
 /// Adds one to a counter.
 #[inline(always)]
 pub fn count(counter: Counter) {

@@ -101,6 +101,11 @@ impl Collection {
         self.pipeline.set_pace(pace);
     }
 
+    /// Whether it goes on at the pace that was set last.
+    pub(super) fn has_reached_pace(&self) -> bool {
+        self.pipeline.has_reached_pace()
+    }
+
     /// Resolves when collection has ended by itself: something failed, which [`Self::stop`] returns.
     pub(super) fn failed(&mut self) -> &mut oneshot::Receiver<()> {
         &mut self.pipeline.watched_exited

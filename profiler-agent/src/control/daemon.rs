@@ -300,7 +300,7 @@ impl Daemon {
         let memory = memory();
         let cost = self.governor.cost();
         if let State::Running(collection) = &self.state
-            && self.governor.observe(spent, memory)
+            && self.governor.observe(spent, memory, collection.has_reached_pace())
         {
             let effort = self.governor.effort();
             info!("{}", describe(&effort, &wanted(&self.config), cost, cpu_budget(&self.config)));

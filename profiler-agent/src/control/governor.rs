@@ -104,12 +104,17 @@ impl Governor {
         programs + agent + files
     }
 
-    /// Takes note of what the last second cost, and of the memory that is used. Returns whether the effort changes.
-    pub fn observe(&mut self, spent: Spent, memory: Option<usize>) -> bool {
+    /// Takes note of what the last second cost, and of the memory that is used. `is_reached`: the effort is what was decided
+    /// last; until it is, nothing more is decided. Returns whether the effort changes.
+    pub fn observe(&mut self, spent: Spent, memory: Option<usize>, is_reached: bool) -> bool {
         let before = self.effort;
         self.spent.push_back(spent);
         if self.spent.len() > AGENT_SECONDS {
             self.spent.pop_front();
+        }
+        if !is_reached {
+            self.since_change = 0;
+            return false;
         }
         self.since_change = self.since_change.saturating_add(1);
         if let Some(memory) = memory {
@@ -299,7 +304,7 @@ mod tests {
             for _ in 0..seconds {
                 let spent = self.spend(&governor.effort());
                 costs.push(spent.total());
-                governor.observe(spent, None);
+                governor.observe(spent, None, true);
             }
             costs
         }
@@ -319,7 +324,7 @@ mod tests {
         let mut governor = Governor::new(BUDGET, 1 << 30, WANTED);
         for second in 0..300 {
             let agent = if second % 15 == 0 { 0.12 } else { 0.004 };
-            governor.observe(Spent { elapsed: 1.0, agent, ..Spent::default() }, None);
+            governor.observe(Spent { elapsed: 1.0, agent, ..Spent::default() }, None, true);
         }
         assert_eq!(governor.effort(), WANTED);
     }
@@ -364,18 +369,18 @@ mod tests {
         let mut governor = Governor::new(BUDGET, 100 << 20, WANTED);
         let idle = Spent { elapsed: 1.0, ..Spent::default() };
         for _ in 0..10 {
-            governor.observe(idle, Some(95 << 20));
+            governor.observe(idle, Some(95 << 20), true);
         }
         let shrunk = governor.effort();
         assert!(shrunk.names_bytes < WANTED.names_bytes && shrunk.detail);
         for _ in 0..60 {
-            governor.observe(idle, Some(95 << 20));
+            governor.observe(idle, Some(95 << 20), true);
         }
         let least = governor.effort();
         assert!(least.names_bytes == LEAST_NAMES && !least.detail, "{least:?}");
         assert_eq!(least.frequency, WANTED.frequency);
         for _ in 0..600 {
-            governor.observe(idle, Some(30 << 20));
+            governor.observe(idle, Some(30 << 20), true);
         }
         assert_eq!(governor.effort(), WANTED);
     }

@@ -33,7 +33,7 @@ use profiler_common::abi::{
     counter::Counter,
     sample::{LARGE_FRAMES, MEDIUM_FRAMES, SMALL_FRAMES, Sample},
     settings::{self, SETTINGS_MAGIC, Settings},
-    waits::ThreadWait,
+    waits::{ThreadWait, WaitControl},
 };
 use thiserror::Error;
 use tracing::{debug, warn};
@@ -42,7 +42,7 @@ use zerocopy::IntoBytes as _;
 use crate::profile::{Events, WaitDue};
 
 use self::buffers::DoubleBuffer;
-use self::waits::WaitPrograms;
+use self::waits::{Control, WaitPrograms};
 pub use self::{
     attachments::Attachments,
     btf::BtfError,
@@ -56,7 +56,7 @@ pub use self::{
     rings::{DebugLog, Ring},
     side_band::SideBand,
     tables::{KernelMappings, KernelTables},
-    waits::{Following, WaitTotals},
+    waits::{Following, Unfinished, WaitTotals},
 };
 
 /// The kernel programs, built from `profiler-ebpf` by the build script.
@@ -173,6 +173,9 @@ pub struct Kernel {
     /// Absent where only CPU time is recorded.
     waits: Option<WaitPrograms>,
     following: Following,
+    control: Control,
+    /// Counts the changes of pace.
+    epoch: u32,
     waits_refused: Option<KernelError>,
     cgroups_refused: Option<KernelError>,
     /// Until somebody takes it.
@@ -246,6 +249,7 @@ impl Kernel {
             program.load(event, &types).map_err(|error| KernelError::Program { program: name, error })?;
         }
         let attachments = Attachments::default();
+        let control = Control::take(&mut ebpf)?;
         let in_parts = options.walk_in_parts || !features.bpf_loop;
         let mut walk_on = None;
         let mut clock = None;
@@ -274,6 +278,8 @@ impl Kernel {
             clock,
             waits,
             following: Following { stacks_per_second: options.waits.stacks_per_second, share: 0, turn: 0 },
+            control,
+            epoch: 0,
             waits_refused,
             cgroups_refused,
             side_band: None,
@@ -312,10 +318,16 @@ impl Kernel {
 
     /// Starts the sampling clock on every online CPU, and follows waits from here on.
     pub fn start(&mut self) -> Result<(), KernelError> {
-        if let Some(waits) = &mut self.waits {
-            waits.attach(&mut self.ebpf, self.following)?;
+        match &mut self.waits {
+            Some(waits) => waits.attach(&mut self.ebpf, self.following, self.epoch, &mut self.control)?,
+            None => self.control.set(WaitControl { epoch: self.epoch, ..WaitControl::default() })?,
         }
         self.clock.as_mut().map_or(Ok(()), |clock| clock.start(&mut self.ebpf))
+    }
+
+    /// What rows are marked with that are made now, eight bits of it.
+    pub fn epoch(&self) -> u8 {
+        self.epoch as u8
     }
 
     /// Starts the clock on CPUs that came online and forgets those that went.
@@ -324,20 +336,22 @@ impl Kernel {
         self.clock.as_mut().map_or(Ok(()), |clock| clock.follow_hotplug(&mut self.ebpf, fired))
     }
 
-    /// Stops the sampling clock everywhere and follows no more waits; samples already taken stay in the buffers.
-    pub fn stop(&mut self) -> Result<(), KernelError> {
+    /// Stops the sampling clock everywhere and follows no more waits; samples already taken stay in the buffers. Returns
+    /// the waits that are under way.
+    pub fn stop(&mut self) -> Result<Unfinished, KernelError> {
         if let Some(clock) = &mut self.clock {
             clock.stop();
         }
-        self.waits.as_mut().map_or(Ok(()), WaitPrograms::detach)
+        self.waits.as_mut().map_or_else(|| Ok(Unfinished::default()), WaitPrograms::detach)
     }
 
-    /// Samples per second and CPU, and how closely waits are followed, from the next start on.
+    /// Samples per second and CPU, and how closely waits are followed, from the next start on, which is a new epoch.
     pub fn set_pace(&mut self, frequency: u64, following: Following) {
         if let Some(clock) = &mut self.clock {
             clock.set_frequency(frequency);
         }
         self.following = following;
+        self.epoch = self.epoch.wrapping_add(1);
     }
 
     /// What can detach the programs at any time.

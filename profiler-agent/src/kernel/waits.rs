@@ -1,6 +1,7 @@
 //! The programs on the scheduler's events, and their maps.
 
 use std::{
+    collections::HashMap,
     io,
     os::fd::{AsFd as _, AsRawFd as _},
     ptr::{self, NonNull},
@@ -61,6 +62,17 @@ pub struct Following {
     pub turn: u32,
 }
 
+/// What was under way when waits were followed in another way, or no more.
+#[derive(Debug, Default)]
+pub struct Unfinished {
+    /// The threads that waited, by ID.
+    pub threads: HashMap<u32, ThreadWait>,
+    /// When that was, by the kernel's clock, nanoseconds.
+    pub now_ns: u64,
+    /// What places were due, or owed.
+    pub dues: Vec<WaitDue>,
+}
+
 /// The programs that follow waits, loaded.
 pub(super) struct WaitPrograms {
     /// The one that must be attached first comes first.
@@ -74,7 +86,6 @@ pub(super) struct WaitPrograms {
     threads: Shared<ThreadWait>,
     more_threads: MapData,
     rations: PerCpuArray<MapData, RationCell>,
-    control: Array<MapData, ControlCell>,
     sites: Shared<WaitSite>,
     /// Whether wakeups are watched: the scheduler's own books are not used.
     watches_wakeups: bool,
@@ -94,6 +105,19 @@ struct ControlCell(WaitControl);
 unsafe impl aya::Pod for RationCell {}
 // SAFETY: as above.
 unsafe impl aya::Pod for ControlCell {}
+
+/// What programs are told while they run.
+pub(super) struct Control(Array<MapData, ControlCell>);
+
+impl Control {
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
+        Ok(Self(take_map(ebpf, "WAIT_CONTROL")?))
+    }
+
+    pub(super) fn set(&mut self, control: WaitControl) -> Result<(), KernelError> {
+        Ok(self.0.set(0, ControlCell(control), 0)?)
+    }
+}
 
 impl WaitPrograms {
     /// Loads the programs; they do nothing before [`Self::attach`].
@@ -142,7 +166,6 @@ impl WaitPrograms {
             threads,
             more_threads,
             rations: take_map(ebpf, "RATIONS")?,
-            control: take_map(ebpf, "WAIT_CONTROL")?,
             sites,
             watches_wakeups: watch_wakeups,
             _walk_on: walk_on,
@@ -150,30 +173,41 @@ impl WaitPrograms {
     }
 
     /// Follows waits from here on: nothing is known of any thread.
-    pub(super) fn attach(&mut self, ebpf: &mut Ebpf, following: Following) -> Result<(), KernelError> {
+    pub(super) fn attach(
+        &mut self,
+        ebpf: &mut Ebpf,
+        following: Following,
+        epoch: u32,
+        control: &mut Control,
+    ) -> Result<(), KernelError> {
         self.forget_threads()?;
         self.before = self.totals()?;
         self.at_start = self.counted()?;
         self.share = following.share.min(MAX_SHARE);
-        let control = WaitControl {
+        control.set(WaitControl {
             since_ns: monotonic_ns(),
             is_incomplete: 0,
             stacks_per_second: following.stacks_per_second,
             share: self.share,
             turn: following.turn & ((1 << self.share) - 1),
-            reserved: 0,
-        };
-        self.control.set(0, ControlCell(control), 0)?;
+            epoch,
+        })?;
         self.programs.iter().try_for_each(|name| self.attachments.add_event(ebpf, name))
     }
 
-    /// Follows no more waits. Threads that wait now are still in the map; what threads still kept of what their places
-    /// are due is the places' now.
-    pub(super) fn detach(&mut self) -> Result<(), KernelError> {
+    /// Follows no more waits; returns what is under way.
+    pub(super) fn detach(&mut self) -> Result<Unfinished, KernelError> {
         for name in self.programs.iter().rev() {
             self.attachments.remove_event(name);
         }
-        self.each_thread(|wait| self.sites.settle(&wait))
+        // What threads kept of what their places are due is the places' now.
+        self.each_thread(|wait| self.sites.settle(&wait))?;
+        let mut unfinished = Unfinished::default();
+        unfinished.now_ns = self.threads(|thread, wait| {
+            unfinished.threads.insert(thread, wait);
+        })?;
+        self.take_dues(Duration::ZERO, |due| unfinished.dues.push(due));
+        Ok(unfinished)
     }
 
     /// Empties the maps of threads: what they say is about waits that were charged long ago.

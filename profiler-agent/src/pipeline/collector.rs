@@ -25,7 +25,7 @@ use tracing::warn;
 use super::{Batch, DRAIN_INTERVAL, Pace};
 use crate::{
     cgroups::Cgroups,
-    kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand},
+    kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand, Unfinished},
     process::{ProcessTable, Published},
     profile::{KernelChanges, LocatedSample, RawSample, Tally},
     status::Stats,
@@ -51,6 +51,13 @@ struct Sources {
     log: Option<AsyncFd<DebugLog>>,
 }
 
+/// What a drain finds of the time between two changes of pace.
+struct Epoch {
+    samples: Vec<LocatedSample>,
+    /// What joins waits with their stacks.
+    waits: Option<WaitBook>,
+}
+
 /// What the collector is told while it runs.
 pub(super) struct Orders {
     pub(super) stopped: oneshot::Receiver<()>,
@@ -71,7 +78,8 @@ pub(super) struct Collector {
     /// Batches that found the queue full. Nothing is drained while they wait, unless the pace changes.
     pub(super) waiting: VecDeque<Batch>,
     pub(super) stats: Arc<Stats>,
-    pub(super) pace: Pace,
+    /// How it collects, which others may ask for.
+    pub(super) pace: watch::Sender<Pace>,
     /// Which threads are followed as they wait, where not all of them are.
     pub(super) turn: u32,
     pub(super) watch: Vec<u32>,
@@ -114,7 +122,11 @@ impl Collector {
         let stopped = self.kernel.stop();
         self.learn(&mut sources);
         self.deliver_waiting();
-        let drained = self.drain(sources.overflow.get_mut(), true, true);
+        let (unfinished, stopped) = match stopped {
+            Ok(unfinished) => (unfinished, Ok(())),
+            Err(error) => (Unfinished::default(), Err(error)),
+        };
+        let drained = self.drain_epoch(sources.overflow.get_mut(), &unfinished, None);
         self.deliver_waiting();
         outcome.and(stopped).and(drained)
     }
@@ -163,7 +175,7 @@ impl Collector {
                         guard.clear_ready();
                     }
                     self.learn(sources);
-                    self.drain(sources.overflow.get_mut(), false, false)?;
+                    self.drain(sources.overflow.get_mut(), false)?;
                 }
                 _ = drains.tick() => {
                     let closes_window = window.is_some_and(|window| window_opened.elapsed() + interval / 2 >= window);
@@ -179,12 +191,12 @@ impl Collector {
                     self.learn(sources);
                     let lost = sources.side_band.as_ref().map_or(0, |side_band| side_band.get_ref().lost());
                     self.stats.set_mappings_lost(lost);
-                    if closes_window && self.pace.wait_share > 0 && self.pace.collects {
+                    if closes_window && self.takes_turns() {
                         // The next threads have their turn.
-                        wanted.get_or_insert_with(|| self.pace.clone());
+                        wanted.get_or_insert_with(|| self.pace.borrow().clone());
                         self.reach_pace(sources.overflow.get_mut(), &mut wanted)?;
                     } else {
-                        self.drain(sources.overflow.get_mut(), closes_window, false)?;
+                        self.drain(sources.overflow.get_mut(), closes_window)?;
                     }
                 }
                 () = flush_log(&mut sources.log) => {}
@@ -251,70 +263,113 @@ impl Collector {
     fn reach_pace(&mut self, overflow: &mut Ring, wanted: &mut Option<Pace>) -> Result<bool, KernelError> {
         self.offer_waiting();
         let Some(pace) = wanted.take_if(|_| self.waiting.len() < 2) else { return Ok(false) };
-        self.kernel.stop()?;
-        self.collect_rows(overflow, Some(pace.clone()), true, true)?;
-        if let Some(waits) = &mut self.waits {
-            waits.begin_anew();
-        }
+        // Nothing is sampled for as long as this takes: the buffers are read afterwards.
+        let unfinished = self.kernel.stop()?;
         self.turn = self.turn.wrapping_add(1);
         self.kernel.set_pace(pace.frequency, pace.following(self.turn));
-        self.pace = pace;
-        if self.pace.collects {
+        if pace.collects {
             self.kernel.start()?;
         }
+        self.drain_epoch(overflow, &unfinished, Some(pace))?;
         Ok(true)
     }
 
-    /// Reads the sample buffers and hands the samples on. `is_last`: nothing is sampled any more.
-    fn drain(&mut self, overflow: &mut Ring, closes_window: bool, is_last: bool) -> Result<(), KernelError> {
+    /// Whether threads are followed by turns.
+    fn takes_turns(&self) -> bool {
+        let pace = self.pace.borrow();
+        pace.wait_share > 0 && pace.collects
+    }
+
+    /// Reads the sample buffers and hands the samples on.
+    fn drain(&mut self, overflow: &mut Ring, closes_window: bool) -> Result<(), KernelError> {
         self.offer_waiting();
         if let Some(waiting) = self.waiting.back_mut() {
             waiting.closes_window |= closes_window;
             self.stats.drains_postponed.add(1);
             return Ok(());
         }
-        self.collect_rows(overflow, None, closes_window, is_last)
+        let mut now = Epoch { samples: Vec::new(), waits: self.waits.take() };
+        let drained = self.read_rows(overflow, &mut now, None);
+        let settled = self.settle_waits(&mut now);
+        self.hand_on(now, closes_window, None);
+        self.end_drain()?;
+        drained.and(settled)
     }
 
-    fn collect_rows(
+    /// Reads the sample buffers at the end of an epoch, in which waits had begun that go on, and hands on what is of it, and
+    /// then what is of the next one already, if there is one.
+    fn drain_epoch(
         &mut self,
         overflow: &mut Ring,
+        unfinished: &Unfinished,
         next: Option<Pace>,
-        closes_window: bool,
-        is_last: bool,
     ) -> Result<(), KernelError> {
-        let (table, cgroups) = (&mut self.table, &mut self.cgroups);
-        let (waits, stats) = (&mut self.waits, &self.stats);
+        let mut ended = Epoch { samples: Vec::new(), waits: self.waits.take() };
+        let mut now = Epoch { samples: Vec::new(), waits: ended.waits.as_ref().map(WaitBook::successor) };
+        let drained = self.read_rows(overflow, &mut ended, next.is_some().then_some(&mut now));
+        self.end_waits(&mut ended, unfinished)?;
+        self.hand_on(ended, true, next.clone());
+        let Some(next) = next else {
+            self.end_drain()?;
+            return drained;
+        };
+        self.pace.send_replace(next);
+        let settled = self.settle_waits(&mut now);
+        self.hand_on(now, false, None);
+        self.end_drain()?;
+        drained.and(settled)
+    }
+
+    /// Reads the sample buffers. `now`: where rows of the epoch go that has just begun.
+    fn read_rows(
+        &mut self,
+        overflow: &mut Ring,
+        before: &mut Epoch,
+        mut now: Option<&mut Epoch>,
+    ) -> Result<(), KernelError> {
+        let (table, cgroups, stats) = (&mut self.table, &mut self.cgroups, &self.stats);
+        let current = self.kernel.epoch();
         let mut locate = |sample: RawSample| {
             let cgroup = cgroups.get(sample.cgroup);
             table.locate(sample, cgroup)
         };
-        let mut samples = Vec::new();
-        let drained = self.kernel.drain(overflow, |row| match RawSample::decode(row) {
-            Ok(sample) if sample.kind.is_off_cpu() => {
-                let Some(waits) = waits else { return };
+        self.kernel.drain(overflow, |row| {
+            let sample = match RawSample::decode(row) {
+                Ok(sample) => sample,
+                Err(error) => {
+                    stats.dropped_malformed.add(Tally { samples: RawSample::count_of(row), off_cpu_ns: 0 });
+                    return warn!("{error}");
+                }
+            };
+            let epoch = match &mut now {
+                Some(now) if sample.epoch == current => &mut **now,
+                _ => &mut *before,
+            };
+            if sample.kind.is_off_cpu() {
+                let Some(waits) = &mut epoch.waits else { return };
                 let (key, count, waited, is_reference) = (sample.key, sample.count, sample.waited, sample.is_reference);
                 waits.add(key, count, waited, is_reference, locate(sample));
-            }
-            Ok(sample) => {
+            } else {
                 stats.samples_drained.add(sample.count);
-                samples.push(locate(sample));
+                stats.rows_drained.add(1);
+                stats.count_end(sample.end, sample.count);
+                epoch.samples.push(locate(sample));
             }
-            Err(error) => {
-                stats.dropped_malformed.add(Tally { samples: RawSample::count_of(row), off_cpu_ns: 0 });
-                warn!("{error}");
-            }
-        });
-        stats.rows_drained.add(samples.len() as u64);
-        for sample in &samples {
-            stats.count_end(sample.end, sample.count);
-        }
-        let settled = self.settle_waits(is_last, &mut samples);
+        })
+    }
+
+    /// Passes samples to the namer, and keeps the waits that are under way.
+    fn hand_on(&mut self, epoch: Epoch, closes_window: bool, next: Option<Pace>) {
+        self.waits = epoch.waits;
         // Replacing the buffers has waited for every program that was running.
         self.published.reuse_released();
         self.publish();
         let kernel_code = std::mem::take(&mut self.kernel_code);
-        self.offer(Batch { samples, kernel_code, closes_window, next });
+        self.offer(Batch { samples: epoch.samples, kernel_code, closes_window, next });
+    }
+
+    /// Forgets what no sample can be of any more, and counts.
+    fn end_drain(&mut self) -> Result<(), KernelError> {
         for tgid in self.table.end_drain() {
             self.kernel.remove_target(tgid)?;
         }
@@ -325,7 +380,7 @@ impl Collector {
         self.count()?;
         self.stats.set_cgroups(self.cgroups.stats(), self.cgroups.take_containers());
         self.stats.set_clock(self.kernel.clock().map_or(0, Clock::cpus));
-        drained.and(settled)
+        Ok(())
     }
 
     /// Reads the kernel programs' counters.
@@ -339,11 +394,10 @@ impl Collector {
     }
 
     /// Adds what waits have cost since the last drain.
-    fn settle_waits(&mut self, is_last: bool, samples: &mut Vec<LocatedSample>) -> Result<(), KernelError> {
-        let Some(waits) = &mut self.waits else { return Ok(()) };
+    fn settle_waits(&mut self, epoch: &mut Epoch) -> Result<(), KernelError> {
+        let Some(waits) = &mut epoch.waits else { return Ok(()) };
         let mut threads = HashMap::new();
-        let idle = if is_last { Duration::ZERO } else { SITE_IDLE };
-        self.kernel.take_wait_dues(idle, |due| {
+        self.kernel.take_wait_dues(SITE_IDLE, |due| {
             waits.add_due(&due, || self.table.without_stack(due.key.tgid, EventKind::Blocked, StackEnd::Rationed));
         });
         let now = self.kernel.waiting_threads(|thread, wait| {
@@ -351,15 +405,31 @@ impl Collector {
         });
         // Where the threads could not be read, what has ended is still handed on.
         let now_ns = now.as_ref().map_or(0, |now| now.unwrap_or(0));
-        let mut settled = waits.settle(&threads, now_ns, is_last);
-        let scale = self.pace.wait_scale();
+        let settled = waits.settle(&threads, now_ns, false);
+        self.add_waits(epoch, settled)?;
+        now.map(|_| ())
+    }
+
+    /// Adds what waits have cost since the last drain, those that go on too: they are not followed any more.
+    fn end_waits(&mut self, epoch: &mut Epoch, unfinished: &Unfinished) -> Result<(), KernelError> {
+        let Some(waits) = &mut epoch.waits else { return Ok(()) };
+        for due in &unfinished.dues {
+            waits.add_due(due, || self.table.without_stack(due.key.tgid, EventKind::Blocked, StackEnd::Rationed));
+        }
+        let settled = waits.settle(&unfinished.threads, unfinished.now_ns, true);
+        self.add_waits(epoch, settled)
+    }
+
+    fn add_waits(&self, epoch: &mut Epoch, mut settled: Vec<LocatedSample>) -> Result<(), KernelError> {
+        let scale = self.pace.borrow().wait_scale();
         for sample in &mut settled {
             sample.scale(scale);
             self.stats.count_wait_end(sample.end, sample.time_ns);
         }
-        samples.extend(settled);
-        self.stats.set_waits(waits.stats(), self.kernel.wait_totals()?);
-        now.map(|_| ())
+        epoch.samples.extend(settled);
+        let waits = epoch.waits.as_ref().map(WaitBook::stats).unwrap_or_default();
+        self.stats.set_waits(waits, self.kernel.wait_totals()?);
+        Ok(())
     }
 
     fn offer(&mut self, batch: Batch) {

@@ -36,6 +36,8 @@ pub struct RawSample {
     pub key: SampleKey,
     /// The frames were in an earlier row of the same key; there are none here.
     pub is_reference: bool,
+    /// At which pace it was collected.
+    pub epoch: u8,
 }
 
 /// What a place is due: time that its samples were charged too little, or (negative) too much.
@@ -115,6 +117,7 @@ impl RawSample {
             },
             key: header.key(),
             is_reference,
+            epoch: header.epoch,
         })
     }
 }

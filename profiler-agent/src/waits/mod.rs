@@ -204,9 +204,9 @@ impl WaitBook {
         samples
     }
 
-    /// Forgets all waits: they have been charged, and are not followed any more.
-    pub fn begin_anew(&mut self) {
-        *self = Self { stats: self.stats, ..Self::default() };
+    /// A book without waits, which goes on counting where this one ends.
+    pub fn successor(&self) -> Self {
+        Self { stats: self.stats, ..Self::default() }
     }
 
     /// Sizes and events so far.

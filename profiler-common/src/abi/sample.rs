@@ -60,8 +60,8 @@ pub struct SampleHeader {
     pub user_end: u8,
     /// 1: the row has no frames, although it counts them; they were in an earlier row of the same key.
     pub is_reference: u8,
-    /// Zero.
-    pub reserved: u8,
+    /// [`super::waits::WaitControl::epoch`] when it was begun.
+    pub epoch: u8,
 }
 
 impl SampleHeader {

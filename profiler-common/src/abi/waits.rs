@@ -129,7 +129,7 @@ pub struct Ration {
     pub ahead_before_ns: i64,
 }
 
-/// What the agent tells the scheduler's programs while they run.
+/// What the agent tells the programs while they run.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct WaitControl {
@@ -143,8 +143,9 @@ pub struct WaitControl {
     pub share: u32,
     /// Which one: less than 2^share.
     pub turn: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Changes whenever anything here does, or the rate of the sampling clock: rows say at which one they were made. (Eight
+    /// bits of it.)
+    pub epoch: u32,
 }
 
 impl WaitControl {

@@ -54,7 +54,7 @@ pub fn switch(ctx: &BtfTracePointContext, walk: impl Fn(&BtfTracePointContext, &
         threads::touch(left);
         let now = queue::now(ration, ctx.arg(2));
         if follows_came {
-            arrive(ctx.arg(2), now, ration);
+            arrive(ctx.arg(2), now, control.since_ns, ration);
         }
         if follows_left {
             leave(ctx, now.monotonic_ns, ration, control.stacks_per_second, walk);
@@ -92,7 +92,7 @@ pub fn walk_on(ctx: &BtfTracePointContext) {
 
 /// A thread gets the CPU: what it waited is charged.
 #[inline(always)]
-fn arrive(task: u64, at: queue::Now, ration: &mut Ration) {
+fn arrive(task: u64, at: queue::Now, since: u64, ration: &mut Ration) {
     let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
     if thread == 0 {
         return;
@@ -111,7 +111,8 @@ fn arrive(task: u64, at: queue::Now, ration: &mut Ration) {
         return;
     }
     wait.began_ns = 0;
-    let total = now.saturating_sub(began);
+    // (What began before has been charged already. Slots are emptied then, but a program may just have been at it.)
+    let total = now.saturating_sub(if began < since { since } else { began });
     let queued = if wait.kind == EventKind::RunQueue as u8 {
         total
     } else if loaded!(SETTINGS.has_queue_times) == 1 {
