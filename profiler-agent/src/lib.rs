@@ -4,6 +4,7 @@
 //! share the nouns in [`profile`] and meet only in [`pipeline`].
 
 pub mod aggregate;
+mod cgroup_mount;
 pub mod cgroups;
 pub mod cli;
 pub mod config;
