@@ -8,6 +8,7 @@ mod cgroup_mount;
 pub mod cgroups;
 pub mod cli;
 pub mod config;
+pub mod control;
 mod elf;
 pub mod export;
 #[cfg(fuzzing)]

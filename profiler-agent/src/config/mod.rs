@@ -6,6 +6,7 @@ mod export;
 pub(crate) mod fuzzing;
 mod kubernetes;
 mod labels;
+mod schedule;
 
 pub use self::{
     environment::Environment,
@@ -25,6 +26,7 @@ use anyhow::{Context as _, bail};
 use serde::Deserialize;
 
 use crate::{
+    control,
     kernel::WaitOptions,
     profile::Events,
     symbolize::{SourceOptions, debuginfod},
@@ -59,6 +61,7 @@ const DWARF_MIB_RANGE: std::ops::RangeInclusive<u32> = 16..=8192;
 #[serde(deny_unknown_fields, default)]
 struct File {
     sampling: Sampling,
+    schedule: schedule::Section,
     unwind: Unwind,
     symbolize: Symbolize,
     kubernetes: kubernetes::Section,
@@ -150,7 +153,7 @@ pub struct Overrides {
 }
 
 /// A valid configuration.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Samples per second and CPU.
     pub frequency: u64,
@@ -158,6 +161,8 @@ pub struct Config {
     pub events: Events,
     /// How waits are sampled.
     pub waits: WaitOptions,
+    /// When agents collect.
+    pub schedule: control::schedule::Settings,
     /// Most kernel memory for rows of unwind tables, bytes.
     pub table_bytes: usize,
     /// Where debug files come from that this machine does not have; `None`: from nowhere.
@@ -222,6 +227,7 @@ impl Config {
                     .unwrap_or(DEFAULT_WAITS.stacks_per_second),
                 min_duration: min_wait,
             },
+            schedule: control::schedule::Settings::merge(file.schedule)?,
             table_bytes: (table_mib as usize) << 20,
             debuginfod: overrides.debuginfod.over(file.symbolize.debuginfod).validate()?,
             source: SourceOptions {
@@ -342,6 +348,7 @@ mod tests {
             frequency: 99,
             events: Events::OnCpu,
             waits: DEFAULT_WAITS,
+            schedule: control::schedule::Settings::default(),
             table_bytes: 64 << 20,
             debuginfod: None,
             source: SourceOptions::default(),
@@ -437,6 +444,7 @@ mod tests {
         check("symbolize:\n  debuginfod:\n    cache: ''\n", Overrides::default(), Err("symbolize.debuginfod.cache"));
         check("symbolize:\n  dwarf_mib: 1\n", Overrides::default(), Err("symbolize.dwarf_mib"));
         check("symbolize:\n  names_mib: 7\n", Overrides::default(), Err("symbolize.names_mib: 7 is outside of 8"));
+        check("schedule:\n  every: often\n", Overrides::default(), Err("schedule.every"));
         check("status:\n  listen: nowhere\n", Overrides::default(), Err("status.listen"));
         check("", Overrides { frequency: Some(0), ..Overrides::default() }, Err("at least 1"));
     }
