@@ -15,6 +15,11 @@ pub fn config(bytes: &[u8]) {
     if let Ok(schedule) = Schedule::new(&config.schedule, "node") {
         assert!(schedule.scale() >= 1.0 && schedule.scale().is_finite());
     }
+    let rules = &config.capture.rules;
+    let longest = config.capture.limits.longest;
+    assert!(rules.iter().all(|rule| rule.capture.duration <= longest && rule.capture.frequency != Some(0)));
+    let names: std::collections::BTreeSet<_> = rules.iter().map(|rule| &rule.name).collect();
+    assert!(rules.len() <= 16 && names.len() == rules.len());
     let names: std::collections::BTreeSet<_> = config.export.destinations.iter().map(|to| &to.name).collect();
     assert!(!names.is_empty() && names.len() == config.export.destinations.len());
     assert!(names.iter().all(|name| !name.contains('/') && !name.starts_with('.')));

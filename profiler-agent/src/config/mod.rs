@@ -1,5 +1,6 @@
 //! The daemon's configuration: flags over environment over file over defaults, validated once.
 
+mod capture;
 mod environment;
 mod export;
 #[cfg(fuzzing)]
@@ -62,6 +63,7 @@ const DWARF_MIB_RANGE: std::ops::RangeInclusive<u32> = 16..=8192;
 struct File {
     sampling: Sampling,
     schedule: schedule::Section,
+    capture: capture::Section,
     unwind: Unwind,
     symbolize: Symbolize,
     kubernetes: kubernetes::Section,
@@ -163,6 +165,8 @@ pub struct Config {
     pub waits: WaitOptions,
     /// When agents collect.
     pub schedule: control::schedule::Settings,
+    /// What is captured in more detail.
+    pub capture: control::capture::Settings,
     /// Most kernel memory for rows of unwind tables, bytes.
     pub table_bytes: usize,
     /// Where debug files come from that this machine does not have; `None`: from nowhere.
@@ -228,6 +232,7 @@ impl Config {
                 min_duration: min_wait,
             },
             schedule: control::schedule::Settings::merge(file.schedule)?,
+            capture: control::capture::Settings::merge(file.capture)?,
             table_bytes: (table_mib as usize) << 20,
             debuginfod: overrides.debuginfod.over(file.symbolize.debuginfod).validate()?,
             source: SourceOptions {
@@ -349,6 +354,7 @@ mod tests {
             events: Events::OnCpu,
             waits: DEFAULT_WAITS,
             schedule: control::schedule::Settings::default(),
+            capture: control::capture::Settings::merge(capture::Section::default()).expect("a default"),
             table_bytes: 64 << 20,
             debuginfod: None,
             source: SourceOptions::default(),
@@ -445,6 +451,7 @@ mod tests {
         check("symbolize:\n  dwarf_mib: 1\n", Overrides::default(), Err("symbolize.dwarf_mib"));
         check("symbolize:\n  names_mib: 7\n", Overrides::default(), Err("symbolize.names_mib: 7 is outside of 8"));
         check("schedule:\n  every: often\n", Overrides::default(), Err("schedule.every"));
+        check("capture:\n  rules: [{name: a}]\n", Overrides::default(), Err("capture.rules, \"a\""));
         check("status:\n  listen: nowhere\n", Overrides::default(), Err("status.listen"));
         check("", Overrides { frequency: Some(0), ..Overrides::default() }, Err("at least 1"));
     }
