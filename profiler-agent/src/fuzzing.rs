@@ -19,6 +19,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 pub use crate::{
     cgroups::fuzzing::cgroups,
     config::fuzzing::config,
+    control::capture::fuzzing::cgroup_usage,
     export::{fuzzing::spool, otlp::client::fuzzing::otlp_answer},
     kernel::fuzzing::{btf, mmap_record},
     label::fuzzing::pod,

@@ -5,6 +5,7 @@
 
 pub mod aggregate;
 pub mod allowance;
+mod cgroup_mount;
 pub mod cgroups;
 pub mod cli;
 pub mod config;

@@ -23,7 +23,10 @@ use profiler_common::abi::cgroup::{CgroupChange, CgroupNotice};
 use tracing::{debug, warn};
 use zerocopy::FromBytes as _;
 
-use crate::profile::{Cgroup, CgroupId, printable};
+use crate::{
+    cgroup_mount::mount_of,
+    profile::{Cgroup, CgroupId, printable},
+};
 
 /// Most cgroups remembered.
 const MAX_CGROUPS: usize = 16 << 10;
@@ -88,7 +91,7 @@ impl Cgroups {
     /// Reads what is there of a hierarchy: the first version's with a controller, or the second version's. Call when
     /// notices are sent already.
     pub fn read(controller: Option<&str>) -> Self {
-        let mount = scan::mount_of(controller);
+        let mount = mount_of(controller);
         if mount.is_none() {
             warn!("no cgroups are mounted that may be read: those made before the agent started are not known");
         }

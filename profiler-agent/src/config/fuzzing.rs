@@ -1,6 +1,7 @@
 //! What the fuzz target of the configuration file calls.
 
 use super::{Config, Overrides, TABLE_MIB_RANGE, export::WINDOW_RANGE, parse};
+use crate::control::schedule::Schedule;
 
 /// The configuration file: what is accepted is within the limits.
 pub fn config(bytes: &[u8]) {
@@ -10,6 +11,15 @@ pub fn config(bytes: &[u8]) {
     assert!(config.frequency > 0);
     assert!(WINDOW_RANGE.contains(&config.export.window));
     assert!(TABLE_MIB_RANGE.contains(&((config.table_bytes >> 20) as u32)));
+    assert!(!config.schedule.collect.is_zero() && config.schedule.collect <= config.schedule.every);
+    if let Ok(schedule) = Schedule::new(&config.schedule, "node") {
+        assert!(schedule.scale() >= 1.0 && schedule.scale().is_finite());
+    }
+    let rules = &config.capture.rules;
+    let longest = config.capture.limits.longest;
+    assert!(rules.iter().all(|rule| rule.capture.duration <= longest && rule.capture.frequency != Some(0)));
+    let names: std::collections::BTreeSet<_> = rules.iter().map(|rule| &rule.name).collect();
+    assert!(rules.len() <= 16 && names.len() == rules.len());
     let names: std::collections::BTreeSet<_> = config.export.destinations.iter().map(|to| &to.name).collect();
     assert!(!names.is_empty() && names.len() == config.export.destinations.len());
     assert!(names.iter().all(|name| !name.contains('/') && !name.starts_with('.')));

@@ -1,15 +1,17 @@
 //! The daemon's configuration: flags over environment over file over defaults, validated once.
 
-mod control;
+mod bounds;
+mod capture;
 mod environment;
 mod export;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
 mod kubernetes;
 mod labels;
+mod schedule;
 
 pub use self::{
-    control::{Budget, Control, ControlOverrides},
+    bounds::{Budget, Control, ControlOverrides},
     environment::Environment,
     export::{Export, ExportOverrides, FileFormat, Files, Spool},
     kubernetes::{InCluster, Kubernetes, KubernetesOverrides, MISSING_NODE, Surroundings},
@@ -27,6 +29,7 @@ use anyhow::{Context as _, bail};
 use serde::Deserialize;
 
 use crate::{
+    control,
     kernel::WaitOptions,
     profile::Events,
     symbolize::{SourceOptions, debuginfod},
@@ -61,14 +64,16 @@ const DWARF_MIB_RANGE: std::ops::RangeInclusive<u32> = 16..=8192;
 #[serde(deny_unknown_fields, default)]
 struct File {
     sampling: Sampling,
+    schedule: schedule::Section,
+    capture: capture::Section,
     unwind: Unwind,
     symbolize: Symbolize,
     kubernetes: kubernetes::Section,
     labels: labels::Section,
     export: export::Section,
     status: Status,
-    budget: control::BudgetSection,
-    control: control::ControlSection,
+    budget: bounds::BudgetSection,
+    control: bounds::ControlSection,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -156,7 +161,7 @@ pub struct Overrides {
 }
 
 /// A valid configuration.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Samples per second and CPU.
     pub frequency: u64,
@@ -164,6 +169,10 @@ pub struct Config {
     pub events: Events,
     /// How waits are sampled.
     pub waits: WaitOptions,
+    /// When agents collect.
+    pub schedule: control::schedule::Settings,
+    /// What is captured in more detail.
+    pub capture: control::capture::Settings,
     /// Most kernel memory for rows of unwind tables, bytes.
     pub table_bytes: usize,
     /// Where debug files come from that this machine does not have; `None`: from nowhere.
@@ -240,6 +249,8 @@ impl Config {
                     .unwrap_or(DEFAULT_WAITS.stacks_per_second),
                 min_duration: min_wait,
             },
+            schedule: control::schedule::Settings::merge(file.schedule)?,
+            capture: control::capture::Settings::merge(file.capture)?,
             table_bytes: (table_mib as usize) << 20,
             debuginfod: overrides.debuginfod.over(file.symbolize.debuginfod).validate()?,
             source,
@@ -356,6 +367,8 @@ mod tests {
             frequency: 99,
             events: Events::OnCpu,
             waits: DEFAULT_WAITS,
+            schedule: control::schedule::Settings::default(),
+            capture: control::capture::Settings::merge(capture::Section::default()).expect("a default"),
             table_bytes: 64 << 20,
             debuginfod: None,
             source: SourceOptions::default(),
@@ -457,6 +470,8 @@ mod tests {
         check("symbolize:\n  debuginfod:\n    cache: ''\n", Overrides::default(), Err("symbolize.debuginfod.cache"));
         check("symbolize:\n  dwarf_mib: 1\n", Overrides::default(), Err("symbolize.dwarf_mib"));
         check("symbolize:\n  names_mib: 7\n", Overrides::default(), Err("symbolize.names_mib: 7 is outside of 8"));
+        check("schedule:\n  every: often\n", Overrides::default(), Err("schedule.every"));
+        check("capture:\n  rules: [{name: a}]\n", Overrides::default(), Err("capture.rules, \"a\""));
         check("status:\n  listen: nowhere\n", Overrides::default(), Err("status.listen"));
         check("", Overrides { frequency: Some(0), ..Overrides::default() }, Err("at least 1"));
     }

@@ -3,6 +3,7 @@
 //! Nothing in here touches samples: it decides whether and how closely the pipeline collects.
 
 mod books;
+pub mod capture;
 pub mod client;
 mod collection;
 mod daemon;
@@ -10,6 +11,7 @@ mod effort;
 mod governor;
 mod kill_switch;
 mod reload;
+pub mod schedule;
 mod socket;
 mod spending;
 mod stats;

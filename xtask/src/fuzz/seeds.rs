@@ -107,6 +107,11 @@ pub(super) fn make(folder: &Path) -> Outcome {
     let destinations = "export:\n  destinations:\n    - {endpoint: 'https://c:1', name: d, headers: {e: f}, timeout: 9s, \
                         protocol: grpc, tls: {ca_file: g}}\n  spool: {folder: /h}\n";
     seeds.add("config", "destinations", destinations.as_bytes())?;
+    let schedule = "schedule:\n  every: 1m\n  collect: 9s\n  nodes: {of: 20, member: a-1}\n  \
+                    replicas: {of: 3}\n  probability: 0.5\n";
+    seeds.add("config", "schedule", schedule.as_bytes())?;
+    let rule = "{name: a, memory_growth: 64, for: 9s, capture: {duration: 9s, frequency: 49, event: both}}";
+    seeds.add("config", "capture", format!("capture:\n  cooldown: 9s\n  rules:\n    - {rule}\n").as_bytes())?;
     seeds.add("pod", "deployment", &[b"\xff", POD.as_bytes()].concat())?;
     seeds.add("pod", "static", &[b"\x07", STATIC_POD.as_bytes()].concat())?;
     answers(&seeds)?;
@@ -185,6 +190,19 @@ fn records(seeds: &Seeds) -> Outcome {
     made.push(16);
     made.extend(halves(&[1, 0, 2, 0]));
     seeds.add("cgroups", "nested", &made)?;
+    let look = |number: u32| {
+        format!(
+            "usage_usec {0}000000\nnr_periods {0}00\nnr_throttled {0}0\nthrottled_usec {0}\ninactive_file {0}00000000\n\
+             some avg10=1.00 total={0}000000\n{0}\n",
+            number
+        )
+    };
+    seeds.add("cgroup_usage", "second", (1..4).map(look).collect::<Vec<_>>().join("\0").as_bytes())?;
+    seeds.add(
+        "cgroup_usage",
+        "first",
+        b"nr_periods 5\nnr_throttled 4\nthrottled_time 9\n\x00123456789 987654321 12\n",
+    )?;
     seeds.add("perf_map", "lines", b"\x08\x01\x10\x40100 20 one\n0x110 8 two\n7f0000001000 1f three (x.js:1)\n")?;
     seeds.add("jitdump", "records", &jitdump())?;
     seeds.add("mappings", "overlapping", &[0, 60, 0, 0, 10, 10, 5, 1, 15, 20, 1, 2, 5, 8, 2, 1])?;
