@@ -9,8 +9,8 @@ use std::{
 
 use nix::time::{ClockId, clock_gettime};
 
-/// What may be saved up: symbols and tables of the largest programs there are take as much.
-const SAVINGS: Duration = Duration::from_millis(500);
+/// What may be saved up: the symbols and tables of what a machine runs when the agent starts take about as much.
+const SAVINGS: Duration = Duration::from_secs(1);
 /// Least time between two looks at whether there is some again.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 

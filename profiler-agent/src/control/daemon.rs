@@ -3,7 +3,12 @@
 //! One loop, on the main thread. Whatever is decided here is small; all the work is done by the threads of the pipeline
 //! and of the exporters.
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::Context as _;
 use tokio::{
@@ -13,15 +18,16 @@ use tokio::{
     task::JoinHandle,
     time::{MissedTickBehavior, interval},
 };
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::{
     books::books,
     collection::{Collection, Surroundings, label_options},
-    effort::{cpu_budget, deferred_work, describe, governor, pace, wanted},
+    effort::{cpu_budget, deferred_work, describe, governor, pace, schedule, wanted},
     governor::Governor,
     kill_switch::KillSwitch,
     reload::Source,
+    schedule::{Phase, Schedule},
     socket::{self, Command, Reply},
     spending::{Meter, memory},
     stats::ControlStats,
@@ -77,6 +83,8 @@ struct Daemon {
     surroundings: Surroundings,
     labels: label::Options,
     kill_switch: KillSwitch,
+    schedule: Schedule,
+    phase: Phase,
     governor: Governor,
     meter: Meter,
     state: State,
@@ -127,6 +135,9 @@ pub async fn run(options: Options, config: Config) -> anyhow::Result<ExitCode> {
         humantime::format_duration(daemon.config.export.window),
         daemon.config.status,
     );
+    if !daemon.config.capture.rules.is_empty() || daemon.config.schedule.replicas.is_some() {
+        warn!("capture.rules and schedule.replicas are not carried out by this version: nothing comes of them");
+    }
     if let Some(number) = kernel::pid_namespace() {
         info!("only processes of the agent's own PID namespace ({number}) are seen");
     }
@@ -145,6 +156,7 @@ pub async fn run(options: Options, config: Config) -> anyhow::Result<ExitCode> {
             _ = looks.tick() => {
                 look = look.wrapping_add(1);
                 daemon.kill_switch.look();
+                daemon.follow_schedule();
                 if look.is_multiple_of(LOOKS_PER_SECOND) {
                     daemon.reload(false);
                     daemon.keep_budget();
@@ -179,7 +191,10 @@ impl Daemon {
             profiles,
         };
         let kill_switch = KillSwitch::new(config.control.stop_file.clone(), config.control.stopped);
+        let schedule = schedule(&config)?;
         let mut daemon = Self {
+            phase: schedule.at(SystemTime::now()),
+            schedule,
             source: Source::new(options.config, options.overrides),
             governor: governor(&config),
             config,
@@ -300,11 +315,12 @@ impl Daemon {
         let memory = memory();
         let cost = self.governor.cost();
         if let State::Running(collection) = &self.state
+            && self.phase.collects
             && self.governor.observe(spent, memory, collection.has_reached_pace())
         {
             let effort = self.governor.effort();
             info!("{}", describe(&effort, &wanted(&self.config), cost, cpu_budget(&self.config)));
-            collection.set_pace(pace(&self.config, &effort));
+            collection.set_pace(pace(&self.config, &effort, &self.phase));
             kernel::release_free_memory();
         }
         self.stats.control.set(ControlStats {
@@ -318,7 +334,22 @@ impl Daemon {
     }
 
     fn pace(&self) -> Pace {
-        pace(&self.config, &self.governor.effort())
+        pace(&self.config, &self.governor.effort(), &self.phase)
+    }
+
+    /// Begins and ends to collect as the schedule has it.
+    fn follow_schedule(&mut self) {
+        let now = SystemTime::now();
+        let before = self.phase;
+        // (A clock that was set back may be far from the end of a phase.)
+        if !self.schedule.is_always() {
+            self.phase = self.schedule.at(now);
+        }
+        if self.phase.collects != before.collects
+            && let State::Running(collection) = &self.state
+        {
+            collection.set_pace(self.pace());
+        }
     }
 
     /// Takes over the configuration file, if it has changed, or `always`.
@@ -347,6 +378,7 @@ impl Daemon {
             anyhow::bail!("export, status.listen and control.socket only change with a restart of the agent");
         }
         let needs_restart = restarts(&config, old);
+        let schedule = schedule(&config)?;
         if config.kubernetes != old.kubernetes || config.labels != old.labels {
             self.labels = label_options(
                 config.kubernetes.clone(),
@@ -356,6 +388,7 @@ impl Daemon {
             )?;
         }
         self.kill_switch.configure(config.control.stop_file.clone(), config.control.stopped);
+        (self.phase, self.schedule) = (schedule.at(SystemTime::now()), schedule);
         self.config = config;
         self.governor = governor(&self.config);
         self.surroundings.allowance.set_rate(deferred_work(&self.config));

@@ -1,6 +1,9 @@
 //! How much is done: what the configuration asks for, what the governor leaves of it, and what the pipeline is told.
 
-use super::governor::{FILES_PART, Governor};
+use super::{
+    governor::{FILES_PART, Governor},
+    schedule::{NotAMember, Phase, Schedule},
+};
 use crate::{config::Config, kernel, pipeline::Pace, profile::Mark};
 
 /// How closely the machine is looked at.
@@ -45,18 +48,21 @@ pub(super) fn deferred_work(config: &Config) -> f64 {
 }
 
 /// What the pipeline is told of it.
-pub(super) fn pace(config: &Config, effort: &Effort) -> Pace {
+pub(super) fn pace(config: &Config, effort: &Effort, phase: &Phase) -> Pace {
     let mut marks = Vec::new();
     let wanted = wanted(config);
     if *effort != (Effort { names_bytes: effort.names_bytes, ..wanted }) {
         marks.push(Mark { name: "profiler.limited_by", value: "budget".into() });
     }
+    if phase.scale > 1.0 {
+        marks.push(Mark { name: "profiler.schedule.share", value: format!("{:.6}", 1.0 / phase.scale).into() });
+    }
     Pace {
-        collects: true,
+        collects: phase.collects,
         frequency: effort.frequency,
         wait_stacks: effort.wait_stacks,
         wait_share: effort.wait_share,
-        scale: 1.0,
+        scale: phase.scale,
         detail: effort.detail,
         names_bytes: effort.names_bytes,
         marks: marks.into(),
@@ -79,4 +85,11 @@ pub(super) fn describe(effort: &Effort, wanted: &Effort, cost: f64, budget: f64)
         text += &format!(", {} MiB of names", effort.names_bytes >> 20);
     }
     format!("{text} (cost {:.1} ms a second, budget {:.1})", cost * 1e3, budget * 1e3)
+}
+
+/// When this node collects.
+pub(super) fn schedule(config: &Config) -> Result<Schedule, NotAMember> {
+    let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default();
+    let node = config.kubernetes.as_ref().map_or(host, |kubernetes| kubernetes.node.clone());
+    Schedule::new(&config.schedule, &node)
 }
