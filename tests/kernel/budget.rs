@@ -62,7 +62,7 @@ fn the_budget_of_unwind_tables_is_kept() {
     let status = free_port();
     let agent = Background::start(
         Command::new(agent())
-            .args(["run", "--frequency", "499", "--window", "2s", "--unwind-table-mib", "8"])
+            .args(["run", "--budget-cpu", "100%", "--frequency", "499", "--window", "2s", "--unwind-table-mib", "8"])
             .args(["--endpoint", &format!("http://127.0.0.1:{}", free_port())])
             .args(["--status-listen", &format!("127.0.0.1:{status}")]),
     );
@@ -116,7 +116,7 @@ fn the_largest_tables_are_cheap() {
     let log = folder.join("agent.log");
     let agent = Background(
         Command::new(agent())
-            .args(["run", "--log-level", "debug"])
+            .args(["run", "--budget-cpu", "100%", "--log-level", "debug"])
             .args(["--endpoint", &format!("http://127.0.0.1:{}", free_port())])
             .args(["--status-listen", &format!("127.0.0.1:{status}")])
             .stderr(fs::File::create(&log).expect("a log"))

@@ -97,7 +97,15 @@ fn following_a_compilation() {
     let status = free_port();
     let daemon = Background::start(
         Command::new(agent())
-            .args(["run", "--window", "5s", "--endpoint", &format!("http://127.0.0.1:{}", free_port())])
+            .args([
+                "run",
+                "--budget-cpu",
+                "100%",
+                "--window",
+                "5s",
+                "--endpoint",
+                &format!("http://127.0.0.1:{}", free_port()),
+            ])
             .args(["--status-listen", &format!("127.0.0.1:{status}")]),
     );
     eventually("the daemon", Duration::from_secs(10), || {

@@ -20,7 +20,7 @@ const MIB: f64 = 1024.0 * 1024.0;
 fn daemon(endpoint: u16, status: u16, more: &[&str]) -> Background {
     Background::start(
         Command::new(agent())
-            .args(["run", "--endpoint", &format!("http://127.0.0.1:{endpoint}")])
+            .args(["run", "--budget-cpu", "100%", "--endpoint", &format!("http://127.0.0.1:{endpoint}")])
             .args(["--status-listen", &format!("127.0.0.1:{status}")])
             .args(more),
     )

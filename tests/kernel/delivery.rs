@@ -39,7 +39,7 @@ impl Daemon {
         let status = free_port();
         let process = Background::start(
             Command::new(agent())
-                .args(["run", "--status-listen", &format!("127.0.0.1:{status}"), "--config"])
+                .args(["run", "--budget-cpu", "100%", "--status-listen", &format!("127.0.0.1:{status}"), "--config"])
                 .arg(config),
         );
         Self { process, status }

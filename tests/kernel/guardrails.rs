@@ -124,7 +124,7 @@ fn the_kill_switch_detaches_everything() {
     let _statistics = Statistics::on();
     let tries = number_from("PROFILER_STOPS").map_or(STOPS, |tries| tries as usize);
     let (go, stop) = ("export: {window: 2s}\n", "export: {window: 2s}\ncontrol: {stopped: true}\n");
-    let daemon = Daemon::start("kill-switch", go, &["--event", "both"]);
+    let daemon = Daemon::start("kill-switch", go, &["--event", "both", "--budget-cpu", "100%"]);
     let pid = daemon.process.pid();
     let file = daemon.folder.join("stop");
     let load = Background::start(Command::new(workload("burner")).args(["2", "600"]));
@@ -201,7 +201,7 @@ fn a_stopped_agent_rests() {
     let folder = scratch("stopped");
     let file = folder.join("stop");
     fs::write(&file, "").expect("a file");
-    let daemon = Daemon::start("stopped-agent", "", &["--stop-file", &file.display().to_string()][..0]);
+    let daemon = Daemon::start("stopped-agent", "", &[]);
     daemon.wait_until_ready();
     assert!(daemon.command("stop").starts_with("stopped"));
     let stop_file = daemon.folder.join("stop");
@@ -282,6 +282,7 @@ fn the_budget_is_kept() {
     daemon.end();
 
     let field = |name: &str| {
+        // (`ran` and `switched`, each at the start of its line.)
         let line = report.lines().find_map(|line| line.strip_prefix(name)).expect("a line");
         line.trim().parse::<f64>().expect("a number")
     };
@@ -313,7 +314,8 @@ fn the_configuration_may_change() {
     if !kernel_is_usable() {
         return;
     }
-    let daemon = Daemon::start("reload", "sampling: {frequency: 49}\nexport: {window: 3s}\n", &[]);
+    let daemon =
+        Daemon::start("reload", "sampling: {frequency: 49}\nexport: {window: 3s}\n", &["--budget-cpu", "100%"]);
     daemon.wait_until_ready();
     let load = Background::start(Command::new(workload("burner")).args(["2", "60"]));
     let frequency = |wanted: f64| {

@@ -196,7 +196,8 @@ impl Daemon {
             profiles.display()
         );
         fs::write(&config, text).expect("a file");
-        let agent = Background::start(Command::new(agent()).args(["run", "--config"]).arg(&config));
+        let agent =
+            Background::start(Command::new(agent()).args(["run", "--budget-cpu", "100%", "--config"]).arg(&config));
         Self { agent, status, profiles }
     }
 

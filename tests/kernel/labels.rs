@@ -58,7 +58,8 @@ impl Daemon {
             account.kubeconfig.display(),
         );
         fs::write(&config, text).expect("a file");
-        let agent = Background::start(Command::new(agent()).args(["run", "--config"]).arg(&config));
+        let agent =
+            Background::start(Command::new(agent()).args(["run", "--budget-cpu", "100%", "--config"]).arg(&config));
         let daemon = Self { agent, status, profiles };
         eventually("the daemon", Duration::from_secs(20), || {
             http_get(status, "/readyz").filter(|page| page.contains(" 200 "))

@@ -99,7 +99,16 @@ fn export_to(test: &str, receivers: &[(u16, &str)], seconds: u64) -> Vec<Stopped
     fs::write(&config, text).expect("a configuration");
     let daemon = Background::start(
         Command::new(agent())
-            .args(["run", "--event", "both", "--status-listen", &format!("127.0.0.1:{}", free_port()), "--config"])
+            .args([
+                "run",
+                "--budget-cpu",
+                "100%",
+                "--event",
+                "both",
+                "--status-listen",
+                &format!("127.0.0.1:{}", free_port()),
+                "--config",
+            ])
             .arg(config),
     );
     let busy = Background::start(Command::new("bash").args(["-c", BUSY]));

@@ -8,6 +8,7 @@ mod export;
 pub(crate) mod fuzzing;
 mod kubernetes;
 mod labels;
+mod place;
 mod schedule;
 
 pub use self::{
@@ -198,15 +199,18 @@ pub struct Config {
 impl Config {
     /// Reads the file, if there is one, and puts the overrides on top.
     pub fn load(path: Option<&Path>, overrides: Overrides) -> anyhow::Result<Self> {
-        let file = match path {
-            Some(path) => {
-                let text = fs::read_to_string(path)
-                    .with_context(|| format!("the configuration file {} cannot be read", path.display()))?;
-                parse(&text).with_context(|| format!("the configuration file {} is not valid", path.display()))?
+        let Some(path) = path else { return Self::merge(File::default(), overrides) };
+        let shown = path.display();
+        let text =
+            fs::read_to_string(path).with_context(|| format!("the configuration file {shown} cannot be read"))?;
+        let file = parse(&text).with_context(|| format!("the configuration file {shown} is not valid"))?;
+        Self::merge(file, overrides).map_err(|error| {
+            let message = error.to_string();
+            match place::line_of(&text, place::setting_of(&message)) {
+                Some(line) => error.context(format!("the configuration file {shown} is not valid, line {line}")),
+                None => error,
             }
-            None => File::default(),
-        };
-        Self::merge(file, overrides)
+        })
     }
 
     fn merge(file: File, overrides: Overrides) -> anyhow::Result<Self> {
