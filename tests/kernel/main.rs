@@ -14,6 +14,7 @@ mod hostile;
 mod kubernetes;
 mod labels;
 mod naming;
+mod privileges;
 mod receivers;
 mod recording;
 mod runtime_code;

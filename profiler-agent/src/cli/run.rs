@@ -21,7 +21,10 @@ use crate::{
         delivery::{self, Delivery},
         files, otlp,
     },
-    kernel::{self, BufferRows, Clock, Kernel, privileges},
+    kernel::{
+        self, BufferRows, Clock, Kernel,
+        privileges::{self, Holder},
+    },
     pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
     profile::Events,
     status::{self, Stats},
@@ -163,6 +166,8 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
     };
     let config = Config::load(arguments.config.as_deref(), overrides)?;
     privileges::check()?;
+    let kept = privileges::give_up(Holder::Daemon).context("privileges cannot be given up")?;
+    info!("capabilities that are kept: {kept}");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
