@@ -19,6 +19,7 @@ pub mod process;
 mod process_root;
 pub mod profile;
 mod ranges;
+pub mod redact;
 mod regular_file;
 pub mod status;
 pub mod symbolize;

@@ -17,6 +17,7 @@ mod naming;
 mod privileges;
 mod receivers;
 mod recording;
+mod redaction;
 mod runtime_code;
 mod servers;
 mod stacks;

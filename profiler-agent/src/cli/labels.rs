@@ -11,6 +11,7 @@ use crate::{
         self,
         kubernetes::{self, Pods},
     },
+    redact::Redaction,
     status::Stats,
 };
 
@@ -114,6 +115,7 @@ impl LabelOptions {
 pub(super) fn options(
     kubernetes: Option<Kubernetes>,
     labels: Labels,
+    redact: Redaction,
     window: Option<Duration>,
     stats: &Stats,
 ) -> anyhow::Result<label::Options> {
@@ -129,12 +131,13 @@ pub(super) fn options(
     Ok(label::Options {
         pods,
         wait: window.map_or(wait, |window| wait.min(window)),
+        redact,
         rules: labels.rules,
         stats: stats.labels.clone(),
     })
 }
 
-/// For a recording: pods where there is a cluster that tells which node this is, and nothing is said where there is none.
+/// For a recording: nothing is redacted, since it stays here; pods where there is a cluster that tells which node this is, and nothing is said where there is none.
 pub(super) fn of_recording(stats: &Stats) -> label::Options {
     let surroundings = Surroundings::read();
     let kubernetes = if surroundings.is_in_cluster && surroundings.node.is_some() {
@@ -143,5 +146,5 @@ pub(super) fn of_recording(stats: &Stats) -> label::Options {
     } else {
         None
     };
-    options(kubernetes, Labels::default(), None, stats).unwrap_or_default()
+    options(kubernetes, Labels::default(), Redaction::default(), None, stats).unwrap_or_default()
 }

@@ -12,7 +12,7 @@ use super::{
     debuginfod::DebuginfodOptions,
     export::ExportOptions,
     labels::{self, KubernetesOptions, LabelOptions},
-    logging::Logging,
+    logging::{self, Logging},
 };
 use crate::{
     config::{self, Config, FileFormat, Overrides},
@@ -122,6 +122,10 @@ Configuration file, with the defaults:
     allow: []
     deny: []
     rename: {}
+  redact:
+    paths: []
+    processes: []
+    functions: true
   export:
     window: 15s
     endpoint: http://127.0.0.1:4317
@@ -167,6 +171,7 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
     let config = Config::load(arguments.config.as_deref(), overrides)?;
     privileges::check()?;
     let kept = privileges::give_up(Holder::Daemon).context("privileges cannot be given up")?;
+    logging::redact(&config.redact);
     info!("capabilities that are kept: {kept}");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -187,7 +192,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
 
     let stats = Arc::new(Stats::default());
     let window = config.export.window;
-    let labels = labels::options(config.kubernetes, config.labels, Some(window), &stats)?;
+    let labels = labels::options(config.kubernetes, config.labels, config.redact, Some(window), &stats)?;
     let delivery = Delivery::open(delivery_options(config.export), &stats)?;
     let status = tokio::spawn(status::serve(listener, Arc::clone(&stats)));
     let cpus = kernel::online_cpus().map_or(1, |cpus| cpus.len());

@@ -6,6 +6,7 @@ mod export;
 pub(crate) mod fuzzing;
 mod kubernetes;
 mod labels;
+mod redact;
 
 pub use self::{
     environment::Environment,
@@ -27,6 +28,7 @@ use serde::Deserialize;
 use crate::{
     kernel::WaitOptions,
     profile::Events,
+    redact::Redaction,
     symbolize::{SourceOptions, debuginfod},
     unwind_info::DEFAULT_TABLE_BYTES,
 };
@@ -63,6 +65,7 @@ struct File {
     symbolize: Symbolize,
     kubernetes: kubernetes::Section,
     labels: labels::Section,
+    redact: redact::Section,
     export: export::Section,
     status: Status,
 }
@@ -170,6 +173,8 @@ pub struct Config {
     pub kubernetes: Option<Kubernetes>,
     /// What samples are labelled with.
     pub labels: Labels,
+    /// What is not shown to anybody.
+    pub redact: Redaction,
     /// Where profiles go.
     pub export: Export,
     /// Address of the status endpoint.
@@ -233,6 +238,7 @@ impl Config {
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
             kubernetes: Kubernetes::merge(file.kubernetes, overrides.kubernetes)?,
             labels: Labels::merge(file.labels, overrides.labels)?,
+            redact: file.redact.validate()?,
             export: Export::merge(file.export, overrides.export)?,
             status,
         })
@@ -348,6 +354,7 @@ mod tests {
             names_bytes: 32 << 20,
             kubernetes: None,
             labels: Labels::default(),
+            redact: Redaction::default(),
             export: Export::merge(export::Section::default(), ExportOverrides::default()).expect("a default"),
             status: "127.0.0.1:7081".parse().expect("an address"),
         }
