@@ -7,6 +7,7 @@ pub mod aggregate;
 pub mod cgroups;
 pub mod cli;
 pub mod config;
+mod credentials;
 mod elf;
 pub mod export;
 #[cfg(fuzzing)]

@@ -21,5 +21,6 @@ mod redaction;
 mod runtime_code;
 mod servers;
 mod stacks;
+mod status;
 mod unwinding;
 mod waits;

@@ -1,6 +1,6 @@
 //! `profiler-agent run`: the daemon.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -13,6 +13,7 @@ use super::{
     export::ExportOptions,
     labels::{self, KubernetesOptions, LabelOptions},
     logging::{self, Logging},
+    status::StatusOptions,
 };
 use crate::{
     config::{self, Config, FileFormat, Overrides},
@@ -27,7 +28,7 @@ use crate::{
     },
     pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
     profile::Events,
-    status::{self, Stats},
+    status::{self, Access, Stats},
     symbolize::debuginfod::Debuginfod,
 };
 
@@ -71,12 +72,11 @@ pub(super) struct Arguments {
     /// Most memory for names, MiB: named frames, symbols of files, and what processes say of code they make.
     #[arg(long, env = "PROFILER_NAMES_MIB", value_name = "MIB")]
     names_mib: Option<u32>,
-    /// Address of /metrics, /healthz, /readyz and /debug/state.
-    #[arg(long, env = "PROFILER_STATUS_LISTEN", value_name = "ADDRESS")]
-    status_listen: Option<SocketAddr>,
     /// The kernel's type information, where it is not in its usual place.
     #[arg(long, value_name = "FILE", default_value = kernel::DEFAULT_BTF, hide = true)]
     btf: PathBuf,
+    #[command(flatten)]
+    status: StatusOptions,
     #[command(flatten)]
     kubernetes: KubernetesOptions,
     #[command(flatten)]
@@ -134,6 +134,11 @@ Configuration file, with the defaults:
   status:
     listen: 127.0.0.1:7081
 
+The status endpoint may speak TLS and ask for a token:
+  status:
+    tls: {cert_file: tls.crt, key_file: tls.key}
+    token_file: token
+
 Several destinations take the place of export.endpoint, each with its own queue; files and the spool need folders:
   export:
     destinations:
@@ -166,7 +171,7 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
         kubernetes,
         labels,
         export: arguments.export.overrides()?,
-        status: arguments.status_listen,
+        status: arguments.status.overrides(),
     };
     let config = Config::load(arguments.config.as_deref(), overrides)?;
     privileges::check()?;
@@ -186,15 +191,16 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
     let debuginfod = config.debuginfod.map(Debuginfod::start).transpose().context("debuginfod cannot be used")?;
-    let listener = TcpListener::bind(config.status)
-        .await
-        .with_context(|| format!("the status endpoint cannot listen on {}", config.status))?;
+    let listen = config.status.listen;
+    let access = Access::open(config.status.access).map_err(anyhow::Error::msg)?;
+    let listener =
+        TcpListener::bind(listen).await.with_context(|| format!("the status endpoint cannot listen on {listen}"))?;
 
     let stats = Arc::new(Stats::default());
     let window = config.export.window;
     let labels = labels::options(config.kubernetes, config.labels, config.redact, Some(window), &stats)?;
     let delivery = Delivery::open(delivery_options(config.export), &stats)?;
-    let status = tokio::spawn(status::serve(listener, Arc::clone(&stats)));
+    let status = tokio::spawn(status::serve(listener, access, Arc::clone(&stats)));
     let cpus = kernel::online_cpus().map_or(1, |cpus| cpus.len());
     let mut kernel = Kernel::load(&kernel::Options {
         btf,
@@ -221,7 +227,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         started.elapsed().as_millis(),
         destinations(&stats),
         humantime::format_duration(window),
-        config.status,
+        listen,
     );
     if let Some(number) = kernel::pid_namespace() {
         info!("only processes of the agent's own PID namespace ({number}) are seen");

@@ -7,17 +7,18 @@ pub(crate) mod fuzzing;
 mod kubernetes;
 mod labels;
 mod redact;
+mod status;
 
 pub use self::{
     environment::Environment,
     export::{Export, ExportOverrides, FileFormat, Files, Spool},
     kubernetes::{InCluster, Kubernetes, KubernetesOverrides, MISSING_NODE, Surroundings},
     labels::{LabelOverrides, Labels},
+    status::{Status, StatusOverrides},
 };
 
 use std::{
     fs,
-    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -37,7 +38,6 @@ use crate::{
 pub const DEFAULT_FREQUENCY: u64 = 99;
 /// How waits are sampled: 50 stacks a second and CPU take less than 0.1 % of it, and are enough for the right totals.
 pub const DEFAULT_WAITS: WaitOptions = WaitOptions { stacks_per_second: 50, min_duration: Duration::ZERO };
-const DEFAULT_STATUS: &str = "127.0.0.1:7081";
 
 /// Less than this would not hold the tables of one large program; more than this the kernel programs cannot address.
 const TABLE_MIB_RANGE: std::ops::RangeInclusive<u32> = 2..=(DEFAULT_TABLE_BYTES >> 20) as u32;
@@ -67,7 +67,7 @@ struct File {
     labels: labels::Section,
     redact: redact::Section,
     export: export::Section,
-    status: Status,
+    status: status::Section,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -113,12 +113,6 @@ impl std::fmt::Debug for Debuginfod {
     }
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct Status {
-    listen: Option<String>,
-}
-
 /// What flags and environment set.
 #[derive(Clone, Debug, Default)]
 pub struct Overrides {
@@ -148,8 +142,8 @@ pub struct Overrides {
     pub labels: LabelOverrides,
     /// Where profiles go.
     pub export: ExportOverrides,
-    /// Address of the status endpoint.
-    pub status: Option<SocketAddr>,
+    /// The status endpoint.
+    pub status: StatusOverrides,
 }
 
 /// A valid configuration.
@@ -177,8 +171,8 @@ pub struct Config {
     pub redact: Redaction,
     /// Where profiles go.
     pub export: Export,
-    /// Address of the status endpoint.
-    pub status: SocketAddr,
+    /// The status endpoint.
+    pub status: Status,
 }
 
 impl Config {
@@ -196,14 +190,6 @@ impl Config {
     }
 
     fn merge(file: File, overrides: Overrides) -> anyhow::Result<Self> {
-        let status = match (overrides.status, file.status.listen) {
-            (Some(address), _) => address,
-            (None, text) => {
-                let text = text.as_deref().unwrap_or(DEFAULT_STATUS);
-                text.parse()
-                    .with_context(|| format!("status.listen: {text:?} is not an address such as {DEFAULT_STATUS}"))?
-            }
-        };
         let table_mib = overrides.table_mib.or(file.unwind.table_mib).unwrap_or(*TABLE_MIB_RANGE.end());
         if !TABLE_MIB_RANGE.contains(&table_mib) {
             bail!(
@@ -240,7 +226,7 @@ impl Config {
             labels: Labels::merge(file.labels, overrides.labels)?,
             redact: file.redact.validate()?,
             export: Export::merge(file.export, overrides.export)?,
-            status,
+            status: Status::merge(file.status, overrides.status)?,
         })
     }
 }
@@ -356,7 +342,7 @@ mod tests {
             labels: Labels::default(),
             redact: Redaction::default(),
             export: Export::merge(export::Section::default(), ExportOverrides::default()).expect("a default"),
-            status: "127.0.0.1:7081".parse().expect("an address"),
+            status: Status::merge(status::Section::default(), StatusOverrides::default()).expect("a default"),
         }
     }
 
