@@ -10,6 +10,7 @@ pub mod cgroups;
 pub mod cli;
 pub mod config;
 pub mod control;
+mod credentials;
 mod elf;
 pub mod export;
 #[cfg(fuzzing)]
@@ -22,6 +23,7 @@ pub mod process;
 mod process_root;
 pub mod profile;
 mod ranges;
+pub mod redact;
 mod regular_file;
 pub mod status;
 pub mod symbolize;

@@ -123,6 +123,42 @@ fn bad_configuration() {
     check_refused(&run(Command::new(agent()).args(["run", "--config", "/nonexistent.yaml"])), &["/nonexistent.yaml"]);
 }
 
+/// A status endpoint that half a certificate or no token is there for.
+#[test]
+fn bad_status_access() {
+    let folder = scratch("bad_status_access");
+    let check = |flags: &[&str], expect: &[&str]| {
+        let output = run(Command::new(agent()).args(["run", "--status-listen", "127.0.0.1:0"]).args(flags));
+        check_refused(&output, expect);
+        assert!(!stderr(&output).contains("hunter2"), "{}", stderr(&output));
+    };
+    check(&["--status-tls-cert-file", "x"], &["status.tls.key_file"]);
+    check(&["--status-tls-key-file", "x"], &["status.tls.cert_file"]);
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: only root gets as far as reading these files");
+        return;
+    }
+    let file = |name: &str, text: &str| {
+        let path = folder.join(name);
+        std::fs::write(&path, text).expect("a file");
+        path.display().to_string()
+    };
+    let (empty, words) = (file("empty", "\n"), file("words", "hunter2 and more"));
+    check(&["--status-token-file", "/nonexistent"], &["status.token_file", "/nonexistent", "cannot be read"]);
+    check(&["--status-token-file", &empty], &["status.token_file", "one token"]);
+    check(&["--status-token-file", &words], &["status.token_file", "one token"]);
+    check(&["--status-tls-cert-file", &words, "--status-tls-key-file", &words], &["status.tls", "no certificate"]);
+}
+
+/// Rules that would hide nothing, or that nothing can be.
+#[test]
+fn bad_redaction() {
+    let check = |yaml: &str, expect: &[&str]| check_refused(&run(&mut daemon_with("bad_redaction", yaml)), expect);
+    check("redact:\n  paths: ['']\n", &["redact.paths", "/opt/secret/*"]);
+    check("redact:\n  processes: vault\n", &["not valid", "line 2"]);
+    check("redact:\n  path: [x]\n", &["not valid", "path"]);
+}
+
 /// Debug files from where there are none, and for where they cannot be kept; passwords are not repeated.
 #[test]
 fn bad_debuginfod() {

@@ -17,6 +17,7 @@ fn enabled() -> Value {
     json!({
         "metrics": {"annotations": true, "podMonitor": {"enabled": true}},
         "otlp": {"secret": {"name": "profiler-otlp"}},
+        "status": {"secret": {"name": "profiler-status", "certKey": "cert", "keyKey": "key"}},
         "config": {"symbolize": {"debuginfod": {"urls": ["https://debuginfod.example.com"]}}},
     })
 }
@@ -254,6 +255,42 @@ fn what_is_not_used_is_not_there() {
     assert!(!objects.container()["env"].to_string().contains("OTEL_"), "{}", objects.container()["env"]);
 }
 
+/// With a certificate, whoever asks for the status page does so over TLS, and with a token, Prometheus has it; the agent finds
+/// both where the Secret is mounted.
+#[test]
+fn the_status_page_is_kept_from_others() {
+    let Some(chart) = Chart::open("chart-status") else { return };
+    let render = |secret: Value| {
+        let metrics =
+            json!({"annotations": true, "podMonitor": {"enabled": true, "tlsConfig": {"serverName": "agent"}}});
+        chart.render(KUBERNETES, &json!({"status": {"secret": secret}, "metrics": metrics}))
+    };
+    let endpoint = |objects: &Objects| objects.only("PodMonitor")["spec"]["podMetricsEndpoints"][0].clone();
+    let open = render(json!({}));
+    assert!(open.container()["livenessProbe"]["httpGet"]["scheme"].is_null());
+    assert!(endpoint(&open)["scheme"].is_null() && endpoint(&open)["tlsConfig"].is_null());
+
+    let kept = render(json!({"name": "s", "certKey": "tls.crt", "keyKey": "tls.key", "tokenKey": "token"}));
+    for probe in ["livenessProbe", "readinessProbe"] {
+        assert_eq!(kept.container()[probe]["httpGet"]["scheme"], "HTTPS");
+    }
+    let annotations = &kept.only("DaemonSet")["spec"]["template"]["metadata"]["annotations"];
+    assert_eq!(annotations["prometheus.io/scheme"], "https");
+    let scrape = endpoint(&kept);
+    assert_eq!((&scrape["scheme"], &scrape["tlsConfig"]), (&json!("https"), &json!({"serverName": "agent"})));
+    assert_eq!(scrape["authorization"]["credentials"], json!({"name": "s", "key": "token"}));
+    let mounts = kept.container()["volumeMounts"].as_array().expect("mounts");
+    let mount = mounts.iter().find(|mount| mount["name"] == "status").expect("a mount");
+    let folder = mount["mountPath"].as_str().expect("a path");
+    for file in ["cert_file", "key_file", "token_file"] {
+        assert!(kept.configuration().contains(&format!("{file}: {folder}/")), "{}", kept.configuration());
+    }
+    let token_alone = render(json!({"name": "s", "tokenKey": "token"}));
+    assert!(endpoint(&token_alone)["scheme"].is_null() && !token_alone.configuration().contains("cert_file"));
+    let refusal = chart.refusal(&json!({"status": {"secret": {"name": "s", "certKey": "tls.crt"}}}));
+    assert!(refusal.contains("certKey and keyKey go together"), "{refusal}");
+}
+
 /// Versions and capabilities are told in several places, and are the same in all of them.
 #[test]
 fn places_agree() {
@@ -268,4 +305,6 @@ fn places_agree() {
         let expected: Vec<String> = CAPABILITIES.iter().map(|name| format!("CAP_{name}")).collect();
         assert_eq!(line.split(' ').collect::<Vec<_>>(), expected, "{setting}");
     }
+    assert_eq!(values["securityContext"]["allowPrivilegeEscalation"], json!(false));
+    assert!(unit.lines().any(|line| line == "NoNewPrivileges=yes"), "{unit}");
 }

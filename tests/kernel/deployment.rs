@@ -104,7 +104,7 @@ impl Image {
 }
 
 /// Programs whose functions are named after themselves. They run until this is dropped.
-struct Crowd {
+pub(crate) struct Crowd {
     /// Other users can reach it.
     folder: PathBuf,
     programs: Vec<Background>,
@@ -112,9 +112,9 @@ struct Crowd {
 
 impl Crowd {
     /// Names of the programs, and of what their functions' names begin with.
-    const PROGRAMS: [&str; 4] = ["dpl_plain", "dpl_private", "dpl_deleted", "dpl_elsewhere"];
+    pub(crate) const PROGRAMS: [&str; 4] = ["dpl_plain", "dpl_private", "dpl_deleted", "dpl_elsewhere"];
 
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let folder = env::temp_dir().join(format!("profiler-tests-{}", std::process::id()));
         let (private, hidden) = (folder.join("private"), folder.join("hidden"));
         for folder in [&folder, &private, &hidden] {
@@ -192,40 +192,44 @@ fn as_nobody() -> Command {
 
 /// How much of a recording has names, and how many of its stacks are whole. Shares are of one.
 #[derive(Debug)]
-struct Named {
-    samples: u64,
+pub(crate) struct Named {
+    pub(crate) samples: u64,
     /// By program of the crowd.
-    programs: [f64; 4],
-    scripted: u64,
-    kernel: f64,
+    pub(crate) programs: [f64; 4],
+    pub(crate) scripted: u64,
+    pub(crate) kernel: f64,
     /// Of the programs' stacks, where process and unwind table were known by then.
-    rooted: f64,
+    pub(crate) rooted: f64,
 }
 
 impl Named {
     fn of(recording: &Path) -> Self {
-        let samples = samples(&fs::read(recording).expect("a recording"));
+        Self::among(&samples(&fs::read(recording).expect("a recording")))
+    }
+
+    /// What a recording's or several windows' samples tell.
+    pub(crate) fn among(samples: &[Sample]) -> Self {
         let has = |sample: &Sample, matches: &dyn Fn(&Frame) -> bool| sample.frames.iter().any(|frame| matches(frame));
         let is_kernel = |frame: &Frame| frame.kind == "kernel";
         Self {
-            samples: count(&samples, |_| true),
+            samples: count(samples, |_| true),
             programs: Crowd::PROGRAMS.map(|program| {
                 share(
-                    &samples,
+                    samples,
                     |sample| sample.process == program,
                     |sample| has(sample, &|frame| frame.is_named_like(program)),
                 )
             }),
-            scripted: count(&samples, |sample| {
+            scripted: count(samples, |sample| {
                 has(sample, &|frame| frame.name.as_ref().is_some_and(|name| name.contains(SCRIPTED)))
             }),
             kernel: share(
-                &samples,
+                samples,
                 |sample| has(sample, &is_kernel),
                 |sample| !has(sample, &|frame| is_kernel(frame) && frame.name.is_none()),
             ),
             rooted: share(
-                &samples,
+                samples,
                 |sample| Crowd::PROGRAMS.contains(&&*sample.process) && !is_early(sample),
                 |sample| !sample.frames.last().is_some_and(|frame| frame.is_named_like("[incomplete")),
             ),
@@ -410,7 +414,7 @@ fn the_manifests_daemon_delivers() {
 
 /// Whether the kernel counts the memory of BPF's maps by control groups, as Linux does since 5.11, and not as locked
 /// memory.
-fn counts_no_locked_memory() -> bool {
+pub(crate) fn counts_no_locked_memory() -> bool {
     let release = uname().expect("a kernel").release().to_string_lossy().into_owned();
     let mut numbers = release.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
     (numbers.next(), numbers.next()) >= (Some(5), Some(11))

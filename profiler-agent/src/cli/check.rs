@@ -7,7 +7,10 @@ use clap::Args;
 use super::labels::KubernetesOptions;
 use crate::{
     config::{DEFAULT_WAITS, Kubernetes, MISSING_NODE},
-    kernel::{self, BufferRows, Clock, Kernel, privileges},
+    kernel::{
+        self, BufferRows, Clock, Kernel,
+        privileges::{self, Holder},
+    },
     label::kubernetes,
     profile::Events,
 };
@@ -68,7 +71,7 @@ fn kernel_release() -> Verdict {
 
 fn privileges_held() -> Verdict {
     match privileges::check() {
-        Ok(()) => Verdict::Good("all held".to_owned()),
+        Ok(()) => Verdict::Good(format!("all held; of them the daemon keeps {}", privileges::kept(Holder::Daemon))),
         Err(missing) => Verdict::Impossible(missing.to_string()),
     }
 }

@@ -9,6 +9,7 @@ use crate::{
     config::{InCluster, Kubernetes, KubernetesOverrides, LabelOverrides, Labels, Surroundings},
     control::label_options,
     label,
+    redact::Redaction,
     status::Stats,
 };
 
@@ -107,7 +108,8 @@ impl LabelOptions {
     }
 }
 
-/// For a recording: pods where there is a cluster that tells which node this is, and nothing is said where there is none.
+/// For a recording: nothing is redacted, since it stays here; pods where there is a cluster that tells which node this is, and
+/// nothing is said where there is none.
 pub(super) fn of_recording(stats: &Stats) -> label::Options {
     let surroundings = Surroundings::read();
     let kubernetes = if surroundings.is_in_cluster && surroundings.node.is_some() {
@@ -116,5 +118,5 @@ pub(super) fn of_recording(stats: &Stats) -> label::Options {
     } else {
         None
     };
-    label_options(kubernetes, Labels::default(), None, stats).unwrap_or_default()
+    label_options(kubernetes, Labels::default(), Redaction::default(), None, stats).unwrap_or_default()
 }

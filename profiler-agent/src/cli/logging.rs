@@ -1,8 +1,18 @@
 //! What is logged, and how.
 
+use std::{
+    io::{self, Write},
+    sync::{PoisonError, RwLock},
+};
+
 use clap::{Args, ValueEnum};
 use tracing::{Level, level_filters::LevelFilter};
 use tracing_subscriber::{Layer as _, filter::filter_fn, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+
+use crate::redact::Redaction;
+
+/// What the log does not tell: known when the configuration is.
+static REDACTION: RwLock<Redaction> = RwLock::new(Redaction::NONE);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum LogLevel {
@@ -56,7 +66,7 @@ impl LogOptions {
             let is_loud = *metadata.level() <= Level::WARN && !target.starts_with("kube_client");
             *metadata.level() <= level && (is_loud || target.starts_with("profiler"))
         });
-        let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        let layer = tracing_subscriber::fmt::layer().with_writer(|| Log);
         let layer = match self.log_format {
             LogFormat::Human => {
                 use std::io::IsTerminal as _;
@@ -66,5 +76,28 @@ impl LogOptions {
         };
         tracing_subscriber::registry().with(layer.with_filter(ours)).init();
         Logging { kernel_debug: self.log_level == LogLevel::Trace }
+    }
+}
+
+/// Takes out of the log what `redaction` hides, from now on.
+pub(super) fn redact(redaction: &Redaction) {
+    *REDACTION.write().unwrap_or_else(PoisonError::into_inner) = redaction.clone();
+}
+
+/// Standard error, without what is redacted. A message is written at once.
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let text = str::from_utf8(bytes).ok();
+        let redaction = REDACTION.read().unwrap_or_else(PoisonError::into_inner);
+        match text.and_then(|text| redaction.text(text)) {
+            Some(redacted) => io::stderr().write_all(redacted.as_bytes()).map(|()| bytes.len()),
+            None => io::stderr().write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
     }
 }

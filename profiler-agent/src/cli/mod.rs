@@ -8,6 +8,7 @@ mod logging;
 mod output;
 mod record;
 mod run;
+mod status;
 mod stop;
 mod symbolize;
 

@@ -20,12 +20,18 @@ use super::{debuginfod::DebuginfodOptions, labels, logging::Logging, output::Out
 use crate::{
     config::{DEFAULT_FREQUENCY, DEFAULT_WAITS, dwarf_bytes, valid_frequency},
     export::Format,
-    kernel::{self, BufferRows, Kernel, WaitOptions, privileges},
+    kernel::{
+        self, BufferRows, Kernel, WaitOptions,
+        privileges::{self, Holder},
+    },
     pipeline::{self, DRAIN_INTERVAL, PROFILE_QUEUE, Pace, Pipeline, rows_per_second},
     process::children_of,
     profile::{Events, Profile},
     status::Stats,
-    symbolize::{SourceOptions, debuginfod::Debuginfod},
+    symbolize::{
+        SourceOptions,
+        debuginfod::{self, Debuginfod},
+    },
     unwind_info::DEFAULT_TABLE_BYTES,
 };
 
@@ -108,7 +114,7 @@ struct Recording {
     frequency: u64,
     events: Events,
     waits: WaitOptions,
-    debuginfod: Option<Arc<Debuginfod>>,
+    debuginfod: Option<debuginfod::Settings>,
     source: SourceOptions,
     format: Format,
     output: Output,
@@ -155,14 +161,17 @@ impl Arguments {
         let debuginfod = self.debuginfod.settings().validate()?;
         let bytes = dwarf_bytes(self.dwarf_mib)?;
         privileges::check()?;
-        let debuginfod = debuginfod.map(Debuginfod::start).transpose().context("debuginfod cannot be used")?;
+        // Whether it can be used, before anything is begun; who asks servers is started without privileges.
+        if let Some(settings) = &debuginfod {
+            settings.check().context("debuginfod cannot be used")?;
+        }
         Ok(Recording {
             pids: self.pids,
             duration: self.duration,
             frequency,
             events: self.event,
             waits: WaitOptions { stacks_per_second: self.wait_stacks, min_duration: self.min_wait },
-            debuginfod: debuginfod.map(Arc::new),
+            debuginfod,
             source: SourceOptions { lines: self.lines, inlines: self.inlines, bytes },
             format,
             output: Output::open(path)?,
@@ -208,6 +217,10 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
     let stats = Arc::new(Stats::default());
     let (kernel, mut child) = start_sampling(recording, logging)?;
     let started = Instant::now();
+    // The command has what its user has, and we keep what we need: nothing of any process was read so far.
+    privileges::give_up(Holder::Recording { of_command: child.is_some() }).context("privileges cannot be given up")?;
+    let debuginfod = recording.debuginfod.take().map(Debuginfod::start).transpose();
+    let debuginfod = debuginfod.context("debuginfod cannot be used")?.map(Arc::new);
     match kernel.clock() {
         Some(clock) => info!(
             "sampling {} CPUs at {} Hz by {}",
@@ -232,7 +245,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
             marks: Arc::default(),
         },
         window: None,
-        debuginfod: recording.debuginfod.take(),
+        debuginfod,
         source: recording.source,
         unwind_table_bytes: DEFAULT_TABLE_BYTES,
         allowance: Arc::default(),

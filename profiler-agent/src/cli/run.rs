@@ -1,20 +1,25 @@
 //! `profiler-agent run`: the daemon.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use clap::Args;
+use tracing::info;
 
 use super::{
     debuginfod::DebuginfodOptions,
     export::ExportOptions,
     labels::{KubernetesOptions, LabelOptions},
-    logging::Logging,
+    logging::{self, Logging},
+    status::StatusOptions,
 };
 use crate::{
     config::{Config, ControlOverrides, Overrides},
     control,
-    kernel::{self, privileges},
+    kernel::{
+        self,
+        privileges::{self, Holder},
+    },
     profile::Events,
 };
 
@@ -55,9 +60,6 @@ pub(super) struct Arguments {
     /// Most memory for names, MiB: named frames, symbols of files, and what processes say of code they make.
     #[arg(long, env = "PROFILER_NAMES_MIB", value_name = "MIB")]
     names_mib: Option<u32>,
-    /// Address of /metrics, /healthz, /readyz and /debug/state.
-    #[arg(long, env = "PROFILER_STATUS_LISTEN", value_name = "ADDRESS")]
-    status_listen: Option<SocketAddr>,
     /// Most CPU time, the agent's own and the kernel programs', as a share of the machine, for example 0.5%.
     #[arg(long, env = "PROFILER_BUDGET_CPU", value_name = "SHARE")]
     budget_cpu: Option<String>,
@@ -73,6 +75,8 @@ pub(super) struct Arguments {
     /// The kernel's type information, where it is not in its usual place.
     #[arg(long, value_name = "FILE", default_value = kernel::DEFAULT_BTF, hide = true)]
     btf: PathBuf,
+    #[command(flatten)]
+    status: StatusOptions,
     #[command(flatten)]
     kubernetes: KubernetesOptions,
     #[command(flatten)]
@@ -118,6 +122,10 @@ Configuration file, with the defaults:
     allow: []
     deny: []
     rename: {}
+  redact:
+    paths: []
+    processes: []
+    functions: true
   export:
     window: 15s
     endpoint: http://127.0.0.1:4317
@@ -132,6 +140,11 @@ Configuration file, with the defaults:
     stopped: false
     stop_file: /run/profiler/stop
     socket: /run/profiler/agent.sock
+
+The status endpoint may speak TLS and ask for a token:
+  status:
+    tls: {cert_file: tls.crt, key_file: tls.key}
+    token_file: token
 
 Several destinations take the place of export.endpoint, each with its own queue; files and the spool need folders:
   export:
@@ -166,7 +179,7 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
         kubernetes,
         labels,
         export: arguments.export.overrides()?,
-        status: arguments.status_listen,
+        status: arguments.status.overrides(),
         control: ControlOverrides {
             cpu: arguments.budget_cpu,
             memory_mib: arguments.budget_memory_mib,
@@ -176,6 +189,9 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
     };
     let config = Config::load(arguments.config.as_deref(), overrides.clone())?;
     privileges::check()?;
+    let kept = privileges::give_up(Holder::Daemon).context("privileges cannot be given up")?;
+    logging::redact(&config.redact);
+    info!("capabilities that are kept: {kept}");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -185,6 +201,7 @@ pub(super) fn main(arguments: Arguments, logging: Logging) -> anyhow::Result<Exi
         overrides,
         btf: arguments.btf,
         kernel_debug: logging.kernel_debug,
+        redact_log: logging::redact,
     };
     runtime.block_on(control::run(options, config))
 }

@@ -9,7 +9,9 @@ pub(crate) mod fuzzing;
 mod kubernetes;
 mod labels;
 mod place;
+mod redact;
 mod schedule;
+mod status;
 
 pub use self::{
     bounds::{Budget, Control, ControlOverrides},
@@ -17,11 +19,11 @@ pub use self::{
     export::{Export, ExportOverrides, FileFormat, Files, Spool},
     kubernetes::{InCluster, Kubernetes, KubernetesOverrides, MISSING_NODE, Surroundings},
     labels::{LabelOverrides, Labels},
+    status::{Status, StatusOverrides},
 };
 
 use std::{
     fs,
-    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -33,6 +35,7 @@ use crate::{
     control,
     kernel::WaitOptions,
     profile::Events,
+    redact::Redaction,
     symbolize::{SourceOptions, debuginfod},
     unwind_info::DEFAULT_TABLE_BYTES,
 };
@@ -41,7 +44,6 @@ use crate::{
 pub const DEFAULT_FREQUENCY: u64 = 99;
 /// How waits are sampled: 50 stacks a second and CPU take less than 0.1 % of it, and are enough for the right totals.
 pub const DEFAULT_WAITS: WaitOptions = WaitOptions { stacks_per_second: 50, min_duration: Duration::ZERO };
-const DEFAULT_STATUS: &str = "127.0.0.1:7081";
 
 /// Less than this would not hold the tables of one large program; more than this the kernel programs cannot address.
 const TABLE_MIB_RANGE: std::ops::RangeInclusive<u32> = 2..=(DEFAULT_TABLE_BYTES >> 20) as u32;
@@ -71,8 +73,9 @@ struct File {
     symbolize: Symbolize,
     kubernetes: kubernetes::Section,
     labels: labels::Section,
+    redact: redact::Section,
     export: export::Section,
-    status: Status,
+    status: status::Section,
     budget: bounds::BudgetSection,
     control: bounds::ControlSection,
 }
@@ -120,12 +123,6 @@ impl std::fmt::Debug for Debuginfod {
     }
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct Status {
-    listen: Option<String>,
-}
-
 /// What flags and environment set.
 #[derive(Clone, Debug, Default)]
 pub struct Overrides {
@@ -155,8 +152,8 @@ pub struct Overrides {
     pub labels: LabelOverrides,
     /// Where profiles go.
     pub export: ExportOverrides,
-    /// Address of the status endpoint.
-    pub status: Option<SocketAddr>,
+    /// The status endpoint.
+    pub status: StatusOverrides,
     /// What keeps the agent in bounds.
     pub control: ControlOverrides,
 }
@@ -186,10 +183,12 @@ pub struct Config {
     pub kubernetes: Option<Kubernetes>,
     /// What samples are labelled with.
     pub labels: Labels,
+    /// What is not shown to anybody.
+    pub redact: Redaction,
     /// Where profiles go.
     pub export: Export,
-    /// Address of the status endpoint.
-    pub status: SocketAddr,
+    /// The status endpoint.
+    pub status: Status,
     /// What the agent may take of the machine.
     pub budget: Budget,
     /// How it is stopped.
@@ -214,14 +213,6 @@ impl Config {
     }
 
     fn merge(file: File, overrides: Overrides) -> anyhow::Result<Self> {
-        let status = match (overrides.status, file.status.listen) {
-            (Some(address), _) => address,
-            (None, text) => {
-                let text = text.as_deref().unwrap_or(DEFAULT_STATUS);
-                text.parse()
-                    .with_context(|| format!("status.listen: {text:?} is not an address such as {DEFAULT_STATUS}"))?
-            }
-        };
         let table_mib = overrides.table_mib.or(file.unwind.table_mib).unwrap_or(*TABLE_MIB_RANGE.end());
         if !TABLE_MIB_RANGE.contains(&table_mib) {
             bail!(
@@ -262,8 +253,9 @@ impl Config {
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
             kubernetes: Kubernetes::merge(file.kubernetes, overrides.kubernetes)?,
             labels: Labels::merge(file.labels, overrides.labels)?,
+            redact: file.redact.validate()?,
             export: Export::merge(file.export, overrides.export)?,
-            status,
+            status: Status::merge(file.status, overrides.status)?,
         })
     }
 }
@@ -379,8 +371,9 @@ mod tests {
             names_bytes: 32 << 20,
             kubernetes: None,
             labels: Labels::default(),
+            redact: Redaction::default(),
             export: Export::merge(export::Section::default(), ExportOverrides::default()).expect("a default"),
-            status: "127.0.0.1:7081".parse().expect("an address"),
+            status: Status::merge(status::Section::default(), StatusOverrides::default()).expect("a default"),
             budget: Budget { cpu: 0.01, memory: 256 << 20 },
             control: Control::default(),
         }

@@ -19,6 +19,7 @@ use crate::{
     },
     pipeline::{self, DRAIN_INTERVAL, Pace, Pipeline, rows_per_second},
     profile::Profile,
+    redact::Redaction,
     status::Stats,
     symbolize::debuginfod::Debuginfod,
 };
@@ -124,6 +125,7 @@ impl Collection {
 pub fn label_options(
     kubernetes: Option<Kubernetes>,
     labels: Labels,
+    redact: Redaction,
     window: Option<Duration>,
     stats: &Stats,
 ) -> anyhow::Result<label::Options> {
@@ -139,6 +141,7 @@ pub fn label_options(
     Ok(label::Options {
         pods,
         wait: window.map_or(wait, |window| wait.min(window)),
+        redact,
         rules: labels.rules,
         stats: stats.labels.clone(),
     })

@@ -43,7 +43,8 @@ use crate::{
     kernel, label,
     pipeline::{PROFILE_QUEUE, Pace},
     profile::Profile,
-    status::{self, Stats},
+    redact::Redaction,
+    status::{self, Access, Stats},
 };
 
 /// How long the last window may take to be delivered at shutdown.
@@ -67,6 +68,8 @@ pub struct Options {
     pub btf: PathBuf,
     /// Whether kernel programs write to the log.
     pub kernel_debug: bool,
+    /// Hides from the log what is to be hidden from now on.
+    pub redact_log: fn(&Redaction),
 }
 
 /// Whether anything is collected.
@@ -79,6 +82,7 @@ enum State {
 
 struct Daemon {
     source: Source,
+    redact_log: fn(&Redaction),
     config: Config,
     surroundings: Surroundings,
     labels: label::Options,
@@ -117,14 +121,15 @@ impl Signals {
 /// Runs until it is told to end.
 pub async fn run(options: Options, config: Config) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::catch()?;
-    let listener = TcpListener::bind(config.status)
-        .await
-        .with_context(|| format!("the status endpoint cannot listen on {}", config.status))?;
+    let listen = config.status.listen;
+    let access = Access::open(config.status.access.clone()).map_err(anyhow::Error::msg)?;
+    let listener =
+        TcpListener::bind(listen).await.with_context(|| format!("the status endpoint cannot listen on {listen}"))?;
     let stats = Arc::new(Stats::default());
-    let labels = label_options(config.kubernetes.clone(), config.labels.clone(), Some(config.export.window), &stats)?;
+    let labels = labels_of(&config, &stats)?;
     let delivery = Delivery::open(delivery_options(config.export.clone()), &stats)?;
     let (profiles, queue) = mpsc::channel(PROFILE_QUEUE);
-    let status = tokio::spawn(status::serve(listener, Arc::clone(&stats)));
+    let status = tokio::spawn(status::serve(listener, access, Arc::clone(&stats)));
     let (commands, mut orders) = mpsc::channel(COMMAND_QUEUE);
     let control = socket::listen(&config.control.socket, commands);
     let mut daemon = Daemon::new(options, config, labels, profiles, &stats)?;
@@ -133,7 +138,7 @@ pub async fn run(options: Options, config: Config) -> anyhow::Result<ExitCode> {
         "exporting to {} every {}; status on http://{}/metrics",
         destinations(&stats),
         humantime::format_duration(daemon.config.export.window),
-        daemon.config.status,
+        listen,
     );
     if !daemon.config.capture.rules.is_empty() || daemon.config.schedule.replicas.is_some() {
         warn!("capture.rules and schedule.replicas are not carried out by this version: nothing comes of them");
@@ -195,6 +200,7 @@ impl Daemon {
         let mut daemon = Self {
             phase: schedule.at(SystemTime::now()),
             schedule,
+            redact_log: options.redact_log,
             source: Source::new(options.config, options.overrides),
             governor: governor(&config),
             config,
@@ -379,16 +385,12 @@ impl Daemon {
         }
         let needs_restart = restarts(&config, old);
         let schedule = schedule(&config)?;
-        if config.kubernetes != old.kubernetes || config.labels != old.labels {
-            self.labels = label_options(
-                config.kubernetes.clone(),
-                config.labels.clone(),
-                Some(config.export.window),
-                &self.stats,
-            )?;
+        if config.kubernetes != old.kubernetes || config.labels != old.labels || config.redact != old.redact {
+            self.labels = labels_of(&config, &self.stats)?;
         }
         self.kill_switch.configure(config.control.stop_file.clone(), config.control.stopped);
         (self.phase, self.schedule) = (schedule.at(SystemTime::now()), schedule);
+        (self.redact_log)(&config.redact);
         self.config = config;
         self.governor = governor(&self.config);
         self.surroundings.allowance.set_rate(deferred_work(&self.config));
@@ -425,6 +427,12 @@ impl Daemon {
     }
 }
 
+/// Whose samples they are, as the configuration has it.
+fn labels_of(config: &Config, stats: &Stats) -> anyhow::Result<label::Options> {
+    let Config { kubernetes, labels, redact, export, .. } = config.clone();
+    label_options(kubernetes, labels, redact, Some(export.window), stats)
+}
+
 /// Whether what is different takes a new collection.
 fn restarts(new: &Config, old: &Config) -> bool {
     new.events != old.events
@@ -434,6 +442,7 @@ fn restarts(new: &Config, old: &Config) -> bool {
         || new.source != old.source
         || new.kubernetes != old.kubernetes
         || new.labels != old.labels
+        || new.redact != old.redact
         // The buffers were made for the old one.
         || new.frequency > old.frequency
 }

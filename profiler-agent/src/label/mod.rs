@@ -2,7 +2,7 @@
 //!
 //! In: windows whose samples know their process and its cgroup. Out: the same with a resource each: the pod and container
 //! as the cluster knows them, the container or the systemd service that the cgroup's path names, or else the process. What
-//! the configuration says about attributes is applied last.
+//! nobody is to see is taken out first, and what the configuration says about attributes is applied last.
 
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
@@ -25,6 +25,7 @@ use self::{
 pub use self::{rules::Rules, text::Pattern};
 use crate::{
     profile::{Cgroup, CgroupId, ProcessInfo, Profile, Resource, ResourceValue, Unlabelled},
+    redact::Redaction,
     status::Count,
 };
 
@@ -35,6 +36,8 @@ pub struct Options {
     pub pods: Option<Pods>,
     /// How long the metadata of what has just appeared is waited for.
     pub wait: Duration,
+    /// What is not shown to anybody.
+    pub redact: Redaction,
     /// What the configuration says about attributes.
     pub rules: Rules,
     /// What is counted.
@@ -106,6 +109,8 @@ impl Labeller {
     pub fn label(&mut self, profile: Profile<Unlabelled>) -> Profile {
         self.resources.clear();
         self.found.clear();
+        // First of all: services are named after processes.
+        let profile = self.options.redact.apply(profile);
         if let Some(pods) = &self.options.pods
             && pods.wait_for(&in_pods(&profile), self.options.wait)
         {

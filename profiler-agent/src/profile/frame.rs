@@ -73,10 +73,12 @@ pub enum Nameless {
     NoCodeMap,
     /// Code made at run time that its process does not name, or not yet.
     NotInCodeMap,
+    /// The configuration wants it not to be told.
+    Redacted,
 }
 
 impl Nameless {
-    /// Every reason.
+    /// Every reason that naming finds: all but the last, which comes later.
     pub const ALL: [Self; 9] = [
         Self::Unreadable,
         Self::NoSymbols,
@@ -101,6 +103,7 @@ impl Nameless {
             Self::DebugFileNotSent => "debug file not sent",
             Self::NoCodeMap => "no perf map or jitdump",
             Self::NotInCodeMap => "not in perf map or jitdump",
+            Self::Redacted => "redacted",
         }
     }
 }

@@ -205,6 +205,8 @@ fn records(seeds: &Seeds) -> Outcome {
     )?;
     seeds.add("perf_map", "lines", b"\x08\x01\x10\x40100 20 one\n0x110 8 two\n7f0000001000 1f three (x.js:1)\n")?;
     seeds.add("jitdump", "records", &jitdump())?;
+    seeds.add("redact", "source", b"\x06/opt/*JS:*spin file:///opt/x.js:3:14")?;
+    seeds.add("redact", "log", b"\x09/srv/a.so/srv/a.so: no symbols")?;
     seeds.add("mappings", "overlapping", &[0, 60, 0, 0, 10, 10, 5, 1, 15, 20, 1, 2, 5, 8, 2, 1])?;
     seeds.add("spool", "request", &stored_request())?;
     let mut table = halves(&[0x1000, 0x4_0000]);

@@ -67,10 +67,22 @@ app.kubernetes.io/part-of: profiler
 {{- if or .Values.metrics.annotations .Values.metrics.podMonitor.enabled -}}yes{{- end -}}
 {{- end -}}
 
+{{/* Whether the status page is told over TLS; empty where it is not. */}}
+{{- define "profiler-agent.statusIsEncrypted" -}}
+{{- with .Values.status.secret -}}
+{{- if and .name (or .certKey .keyKey) -}}
+{{- if not (and .certKey .keyKey) -}}
+{{- fail "status.secret: certKey and keyKey go together" -}}
+{{- end -}}
+yes
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* The agent's configuration file. */}}
 {{- define "profiler-agent.config" -}}
 {{- if hasKey .Values.config "status" -}}
-{{- fail "config.status: the probes have to know it too: set status.host and status.port" -}}
+{{- fail "config.status: the probes have to know it too: set status.host and status.port, and status.secret" -}}
 {{- end -}}
 {{- if dig "export" "spool" "" .Values.config -}}
 {{- fail "config.export.spool: it needs a volume: set spool" -}}
@@ -79,7 +91,18 @@ app.kubernetes.io/part-of: profiler
 {{- fail "config.export.endpoint: otlp.endpoint would win: set that" -}}
 {{- end -}}
 {{- $host := ternary (printf "[%s]" .Values.status.host) .Values.status.host (contains ":" .Values.status.host) -}}
-{{- $config := dict "status" (dict "listen" (printf "%s:%v" $host (int .Values.status.port))) -}}
+{{- $status := dict "listen" (printf "%s:%v" $host (int .Values.status.port)) -}}
+{{- $folder := "/var/run/secrets/profiler-agent-status" -}}
+{{- with .Values.status.secret -}}
+{{- if include "profiler-agent.statusIsEncrypted" $ -}}
+{{- $tls := dict "cert_file" (printf "%s/%s" $folder .certKey) "key_file" (printf "%s/%s" $folder .keyKey) -}}
+{{- $status = set $status "tls" $tls -}}
+{{- end -}}
+{{- if and .name .tokenKey -}}
+{{- $status = set $status "token_file" (printf "%s/%s" $folder .tokenKey) -}}
+{{- end -}}
+{{- end -}}
+{{- $config := dict "status" $status -}}
 {{- with .Values.spool -}}
 {{- if .enabled -}}
 {{- $spool := dict "folder" "/var/lib/profiler-agent/spool" "mib" .mib "max_age" .maxAge -}}

@@ -200,6 +200,13 @@ struct Shared {
     stopping: AtomicBool,
 }
 
+impl Settings {
+    /// Whether files can be kept where they are to be. An error names the folder.
+    pub fn check(&self) -> io::Result<()> {
+        DiskCache::open(&self.cache_folder, self.cache_bytes).map(drop)
+    }
+}
+
 /// A client of debuginfod servers. What it is asked is answered at once; its thread fetches what is missing.
 pub struct Debuginfod {
     shared: Arc<Shared>,

@@ -39,6 +39,7 @@ use self::{
     connection::Connection,
 };
 use super::Request;
+use crate::credentials;
 
 const OUR_NAME: HeaderValue = HeaderValue::from_static(concat!("profiler-agent/", env!("CARGO_PKG_VERSION")));
 
@@ -223,12 +224,7 @@ fn body(settings: &Settings, message: &Bytes) -> io::Result<Bytes> {
 
 /// The header that a token makes. The error does not repeat what is in the file.
 fn bearer_token(path: &Path) -> Result<HeaderValue, String> {
-    let text = tls::read(path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
-    let text = String::from_utf8(text).unwrap_or_default();
-    let token = text.trim();
-    if token.is_empty() || token.bytes().any(|byte| !byte.is_ascii_graphic()) {
-        return Err(format!("{} does not hold one token of printable characters", path.display()));
-    }
+    let token = credentials::token(path)?;
     let mut value =
         HeaderValue::try_from(format!("Bearer {token}")).map_err(|_| format!("{} holds no token", path.display()))?;
     value.set_sensitive(true);

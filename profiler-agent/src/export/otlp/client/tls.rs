@@ -1,21 +1,17 @@
 //! Certificates and keys, read from files and read again when they change, and what it means when TLS fails.
 
-use std::{io::Read as _, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
-use rustls::{
-    AlertDescription, CertificateError, ClientConfig, Error, RootCertStore,
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
-};
+use rustls::{AlertDescription, CertificateError, ClientConfig, Error, RootCertStore, pki_types::ServerName};
 use tracing::warn;
 
 use super::{ClientError, Failure, Protocol, Reason, Settings, failure::printable, settings::Tls as TlsSettings};
 use crate::{
+    credentials,
     regular_file::{self, Stamp},
     system_certificates,
 };
 
-/// Bytes of a file with certificates, a key or a token. Systems' own lists of authorities take 200 to 300 KiB.
-const MAX_FILE_BYTES: u64 = 4 << 20;
 /// Names in a receiver's certificate that are repeated.
 const MAX_NAMES: usize = 4;
 
@@ -174,16 +170,13 @@ fn config(settings: &TlsSettings, protocol: Protocol) -> Result<ClientConfig, Cl
         .with_root_certificates(authorities(settings.ca_file.as_deref())?);
     let mut config = match (&settings.cert_file, &settings.key_file) {
         (Some(cert_file), Some(key_file)) => {
-            let chain = certificates("tls.cert_file", cert_file)?;
-            let key = private_key(key_file)?;
-            builder.with_client_auth_cert(chain, key).map_err(|error| {
-                let files = format!("{} and {}", cert_file.display(), key_file.display());
-                let problem = match error {
-                    Error::InconsistentKeys(_) => format!("{files}: the key is not the certificate's"),
-                    error => format!("{files} cannot be used: {error}"),
-                };
-                ClientError::new("tls.key_file", problem)
-            })?
+            let chain =
+                credentials::certificates(cert_file).map_err(|problem| ClientError::new("tls.cert_file", problem))?;
+            let key =
+                credentials::private_key(key_file).map_err(|problem| ClientError::new("tls.key_file", problem))?;
+            builder
+                .with_client_auth_cert(chain, key)
+                .map_err(|error| ClientError::new("tls.key_file", credentials::mismatch(cert_file, key_file, error)))?
         }
         (None, None) => builder.with_no_client_auth(),
         (Some(_), None) => return Err(ClientError::new("tls.key_file", "tls.cert_file needs its private key")),
@@ -200,7 +193,8 @@ fn authorities(file: Option<&Path>) -> Result<RootCertStore, ClientError> {
     let mut roots = RootCertStore::empty();
     match file {
         Some(path) => {
-            for certificate in certificates("tls.ca_file", path)? {
+            let certificates = credentials::certificates(path);
+            for certificate in certificates.map_err(|problem| ClientError::new("tls.ca_file", problem))? {
                 roots.add(certificate).map_err(|error| {
                     ClientError::new(
                         "tls.ca_file",
@@ -219,35 +213,4 @@ fn authorities(file: Option<&Path>) -> Result<RootCertStore, ClientError> {
         }
     }
     Ok(roots)
-}
-
-fn certificates(setting: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, ClientError> {
-    let refuse = |problem: String| ClientError::new(setting, format!("{} {problem}", path.display()));
-    let text = read(path).map_err(|error| refuse(format!("cannot be read: {error}")))?;
-    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&text)
-        .collect::<Result<_, _>>()
-        .map_err(|error| refuse(format!("is not valid PEM: {error}")))?;
-    if certificates.is_empty() {
-        return Err(refuse("holds no certificate in PEM form (-----BEGIN CERTIFICATE-----)".to_owned()));
-    }
-    Ok(certificates)
-}
-
-/// The errors do not repeat what is in the file.
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, ClientError> {
-    let refuse = |problem: String| ClientError::new("tls.key_file", format!("{} {problem}", path.display()));
-    let text = read(path).map_err(|error| refuse(format!("cannot be read: {error}")))?;
-    PrivateKeyDer::from_pem_slice(&text).map_err(|_| {
-        refuse("holds no private key in PEM form (-----BEGIN PRIVATE KEY-----), or an encrypted one".to_owned())
-    })
-}
-
-/// A small file's contents.
-pub(super) fn read(path: &Path) -> std::io::Result<Vec<u8>> {
-    let mut text = Vec::new();
-    regular_file::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut text)?;
-    if text.len() as u64 > MAX_FILE_BYTES {
-        return Err(std::io::Error::other("it is larger than such a file ever is"));
-    }
-    Ok(text)
 }
