@@ -33,9 +33,10 @@ use crate::{
     aggregate::Window,
     cgroups::Cgroups,
     kernel::{Kernel, KernelError},
-    label::{self, Labeller},
+    label::{self, Labeller, kubernetes},
     process::{ProcessTable, Published},
-    profile::{Events, KernelChanges, LocatedSample, Profile, Unlabelled},
+    profile::{Cgroup, Events, KernelChanges, LocatedSample, PodFacts, Profile, Unlabelled},
+    scope::{self, Scope},
     status::Stats,
     symbolize::{FrameNamer, SourceOptions, debuginfod::Debuginfod},
     unwind_info::TableBuilder,
@@ -84,8 +85,20 @@ pub struct Options {
     pub unwind_table_bytes: usize,
     /// Whose samples they are.
     pub labels: label::Options,
+    /// Who is recorded.
+    pub scope: scope::Rules,
     /// Report when all of these processes have exited.
     pub watch: Option<Vec<u32>>,
+}
+
+impl scope::Pods for kubernetes::Pods {
+    fn version(&self) -> u64 {
+        self.version()
+    }
+
+    fn of(&self, cgroup: &Cgroup) -> Option<PodFacts> {
+        self.facts(cgroup)
+    }
 }
 
 /// Samples on their way to the namer.
@@ -138,6 +151,8 @@ impl Pipeline {
         let published = Published::new(kernel.take_mappings()?);
         let tables = TableBuilder::start(kernel.take_tables()?, options.unwind_table_bytes)
             .context("the thread that builds unwind tables could not be started")?;
+        let pods = options.labels.pods.clone().map(|pods| Box::new(pods) as Box<dyn scope::Pods>);
+        let scope = Scope::new(kernel.take_scope()?, options.scope, pods);
         let collector = {
             let stats = Arc::clone(stats);
             thread::Builder::new()
@@ -149,6 +164,7 @@ impl Pipeline {
                         cgroups: Cgroups::default(),
                         published,
                         tables,
+                        scope,
                         waits: options.events.includes_off_cpu().then(WaitBook::default),
                         kernel_code: KernelChanges::default(),
                         batches: batch_sender,

@@ -17,6 +17,7 @@ mod naming;
 mod receivers;
 mod recording;
 mod runtime_code;
+mod scope;
 mod servers;
 mod stacks;
 mod unwinding;

@@ -23,6 +23,7 @@ use crate::{
     pipeline::{self, DRAIN_INTERVAL, Pipeline, rows_per_second},
     process::children_of,
     profile::{Events, Profile},
+    scope,
     status::Stats,
     symbolize::{SourceOptions, debuginfod::Debuginfod},
     unwind_info::DEFAULT_TABLE_BYTES,
@@ -227,6 +228,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
         source: recording.source,
         unwind_table_bytes: DEFAULT_TABLE_BYTES,
         labels: labels::of_recording(&stats),
+        scope: scope::Rules::default(),
         watch: (!watch.is_empty()).then_some(watch),
     };
     let (mut pipeline, mut profiles) = Pipeline::start(kernel, options, &stats)?;

@@ -111,6 +111,10 @@ Configuration file, with the defaults:
     kubeconfig: ''
     wait: 5s
     grace: 60s
+  scope:
+    honor_annotation: true
+    include: []
+    exclude: []
   labels:
     extra: {}
     pod_labels: []
@@ -126,6 +130,18 @@ Configuration file, with the defaults:
     original_payload: false
   status:
     listen: 127.0.0.1:7081
+
+Who is recorded: whoever one of scope.include matches, or all if it is empty, and none of scope.exclude. All fields of an
+entry have to match, and one value of each; * stands for any characters:
+  scope:
+    exclude:
+      - executables: [postgres, /opt/secret/*]
+      - cgroups: [/system.slice/backup.service]
+      - pids: [4711]
+      - namespaces: [kube-*]
+        pod_labels: {tier: batch}
+        pod_annotations: {example.com/private: '*'}
+        containers: [istio-proxy]
 
 Several destinations take the place of export.endpoint, each with its own queue; files and the spool need folders:
   export:
@@ -198,6 +214,9 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         walk_in_parts: false,
         watch_wakeups: false,
     })?;
+    if config.scope.are_strict() {
+        kernel.withhold()?;
+    }
     kernel.attach_notices()?;
     kernel.start()?;
     let cpu_time = kernel.clock().map(|clock| {
@@ -226,6 +245,7 @@ async fn run(config: Config, btf: &std::path::Path, logging: Logging) -> anyhow:
         source: config.source,
         unwind_table_bytes: config.table_bytes,
         labels,
+        scope: config.scope,
         watch: None,
     };
     let (mut pipeline, profiles) = Pipeline::start(kernel, options, &stats)?;

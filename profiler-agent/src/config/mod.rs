@@ -6,6 +6,7 @@ mod export;
 pub(crate) mod fuzzing;
 mod kubernetes;
 mod labels;
+mod scope;
 
 pub use self::{
     environment::Environment,
@@ -27,6 +28,7 @@ use serde::Deserialize;
 use crate::{
     kernel::WaitOptions,
     profile::Events,
+    scope::Rules,
     symbolize::{SourceOptions, debuginfod},
     unwind_info::DEFAULT_TABLE_BYTES,
 };
@@ -63,6 +65,7 @@ struct File {
     symbolize: Symbolize,
     kubernetes: kubernetes::Section,
     labels: labels::Section,
+    scope: scope::Section,
     export: export::Section,
     status: Status,
 }
@@ -170,6 +173,8 @@ pub struct Config {
     pub kubernetes: Option<Kubernetes>,
     /// What samples are labelled with.
     pub labels: Labels,
+    /// Who is recorded.
+    pub scope: Rules,
     /// Where profiles go.
     pub export: Export,
     /// Address of the status endpoint.
@@ -213,6 +218,10 @@ impl Config {
                 .with_context(|| format!("sampling.min_wait: {text:?} is not a duration such as 100us or 1ms"))?,
             (None, None) => DEFAULT_WAITS.min_duration,
         };
+        let kubernetes = Kubernetes::merge(file.kubernetes, overrides.kubernetes)?;
+        let scope = file.scope.validate(kubernetes.is_some())?;
+        let mut labels = Labels::merge(file.labels, overrides.labels)?;
+        (labels.wanted.scope_labels, labels.wanted.scope_annotations) = (scope.label_names(), scope.annotation_names());
         Ok(Self {
             events: overrides.events.or(file.sampling.event).unwrap_or(Events::OnCpu),
             waits: WaitOptions {
@@ -231,8 +240,9 @@ impl Config {
             },
             names_bytes: names_bytes(overrides.names_mib.or(file.symbolize.names_mib))?,
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
-            kubernetes: Kubernetes::merge(file.kubernetes, overrides.kubernetes)?,
-            labels: Labels::merge(file.labels, overrides.labels)?,
+            kubernetes,
+            labels,
+            scope,
             export: Export::merge(file.export, overrides.export)?,
             status,
         })
@@ -324,6 +334,7 @@ pub fn valid_frequency(frequency: u64) -> anyhow::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::label::kubernetes::Wanted;
 
     fn check(yaml: &str, overrides: Overrides, expect: Result<Config, &str>) {
         let result = parse(yaml).and_then(|file| Config::merge(file, overrides));
@@ -347,7 +358,11 @@ mod tests {
             source: SourceOptions::default(),
             names_bytes: 32 << 20,
             kubernetes: None,
-            labels: Labels::default(),
+            labels: Labels {
+                wanted: Wanted { scope_annotations: ["profiler/enabled".to_owned()].into(), ..Wanted::default() },
+                ..Labels::default()
+            },
+            scope: Rules { honor_annotation: true, ..Rules::default() },
             export: Export::merge(export::Section::default(), ExportOverrides::default()).expect("a default"),
             status: "127.0.0.1:7081".parse().expect("an address"),
         }

@@ -15,6 +15,7 @@ mod layout;
 mod namespaces;
 pub mod privileges;
 mod rings;
+mod scope;
 mod side_band;
 mod tables;
 mod waits;
@@ -50,6 +51,7 @@ pub use self::{
     layout::{Features, kernel_version},
     namespaces::pid_namespace,
     rings::{DebugLog, Ring},
+    scope::KernelScope,
     side_band::SideBand,
     tables::{KernelMappings, KernelTables},
     waits::WaitTotals,

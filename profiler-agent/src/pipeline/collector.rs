@@ -25,9 +25,10 @@ use tracing::warn;
 use super::{Batch, DRAIN_INTERVAL};
 use crate::{
     cgroups::Cgroups,
-    kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand},
+    kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, KernelScope, Ring, SideBand},
     process::{ProcessTable, Published},
     profile::{KernelChanges, LocatedSample, RawSample, Tally},
+    scope::{Rules, Scope},
     status::Stats,
     unwind_info::TableBuilder,
     waits::WaitBook,
@@ -35,6 +36,8 @@ use crate::{
 
 /// Time between two looks at processes that are about to name the code they make.
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
+/// Time between two looks at whether pods have changed that the scope asks about.
+const FOLLOW_PODS: Duration = Duration::from_millis(500);
 /// A place of waits that was not used for so long makes room for others.
 const SITE_IDLE: Duration = Duration::from_secs(10);
 
@@ -56,6 +59,7 @@ pub(super) struct Collector {
     pub(super) cgroups: Cgroups,
     pub(super) published: Published<KernelMappings>,
     pub(super) tables: TableBuilder,
+    pub(super) scope: Scope<KernelScope>,
     pub(super) waits: Option<WaitBook>,
     /// For the next batch.
     pub(super) kernel_code: KernelChanges,
@@ -96,6 +100,7 @@ impl Collector {
             }
         };
         self.cgroups = Cgroups::read(self.kernel.cgroups().controller());
+        self.set_scope(self.scope.rules().clone());
         let log = self.kernel.take_log().map(DebugLog::watch).transpose().map_err(unwatchable)?;
         let mut sources = Sources { notices, cgroups, side_band, overflow, log };
         let outcome = self.collect_until_stopped(window, stopped, &mut sources).await;
@@ -119,6 +124,8 @@ impl Collector {
         drains.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut looks = interval_at(tokio::time::Instant::now(), LOOK_AGAIN);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut pods = interval_at(tokio::time::Instant::now(), FOLLOW_PODS);
+        pods.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut window_opened = Instant::now();
         loop {
             tokio::select! {
@@ -156,6 +163,7 @@ impl Collector {
                 }
                 () = flush_log(&mut sources.log) => {}
                 _ = looks.tick(), if self.table.is_expecting() => self.table.look_again(),
+                _ = pods.tick(), if self.scope.follows_pods() => self.scope.follow_pods(self.cgroups.iter()),
             }
         }
     }
@@ -165,12 +173,22 @@ impl Collector {
         if let Some(notices) = &mut sources.cgroups {
             notices.get_mut().read(|notice| self.cgroups.notice(notice));
         }
+        let news = self.cgroups.take_news();
+        self.scope.cgroups_changed(&news.appeared, &news.gone);
+    }
+
+    /// Puts other rules into force at once.
+    pub(super) fn set_scope(&mut self, rules: Rules) {
+        self.scope.apply(rules, self.cgroups.iter());
     }
 
     /// Reads what the kernel announced: first processes, then what was mapped in them.
     fn learn(&mut self, sources: &mut Sources) {
         self.learn_cgroups(sources);
-        sources.notices.get_mut().read(|notice| self.table.notice(notice));
+        sources.notices.get_mut().read(|notice| {
+            self.scope.notice(notice);
+            self.table.notice(notice);
+        });
         if let Some(side_band) = &mut sources.side_band {
             let (table, kernel_code) = (&mut self.table, &mut self.kernel_code);
             let lost = side_band.get_ref().lost();
@@ -260,13 +278,21 @@ impl Collector {
         }
         self.publish();
         self.cgroups.end_drain();
+        self.scope.end_drain();
         self.stats.set_table(self.table.stats());
         self.stats.set_unwind_tables(self.tables.stats(), self.published.refused());
-        let lost = self.stats.kernel(Counter::CgroupNoticesLost);
+        let lost = [Counter::CgroupNoticesLost, Counter::NoticesLost].map(|counter| self.stats.kernel(counter));
         self.stats.set_kernel_counters(&self.kernel.counters()?);
-        if self.stats.kernel(Counter::CgroupNoticesLost) != lost {
+        if self.stats.kernel(Counter::CgroupNoticesLost) != lost[0] {
             self.cgroups.scan();
+            self.scope.look_at_cgroups(self.cgroups.iter());
         }
+        if self.stats.kernel(Counter::NoticesLost) != lost[1] {
+            self.scope.look_at_processes();
+        }
+        let news = self.cgroups.take_news();
+        self.scope.cgroups_changed(&news.appeared, &news.gone);
+        self.stats.set_scope(self.scope.stats());
         self.stats.set_cgroups(self.cgroups.stats(), self.cgroups.take_containers());
         self.stats.set_clock(self.kernel.clock().map_or(0, Clock::cpus));
         drained.and(settled)
@@ -283,6 +309,15 @@ impl Collector {
         let now = self.kernel.waiting_threads(|thread, wait| {
             threads.insert(thread, wait);
         });
+        if self.scope.is_limited() {
+            // What is out of scope now is not charged any more, however long it has been waiting.
+            threads.retain(|_, wait| {
+                let process = waits.process(&wait.key);
+                process.is_none_or(|process| {
+                    self.scope.includes(process.key.tgid, process.cgroup.as_ref().map(|cgroup| cgroup.id))
+                })
+            });
+        }
         // Where the threads could not be read, what has ended is still handed on.
         let now_ns = now.as_ref().map_or(0, |now| now.unwrap_or(0));
         let settled = waits.settle(&threads, now_ns, is_last);

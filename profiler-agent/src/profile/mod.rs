@@ -9,6 +9,7 @@ mod executable;
 mod frame;
 mod kernel_code;
 mod located;
+mod pod;
 mod raw;
 mod resource;
 mod runtime_code;
@@ -22,6 +23,7 @@ pub use self::{
     frame::{Frame, FrameName, FrameType, FunctionName, InlinedFunction, Nameless, SourceLine, printable},
     kernel_code::{KernelChanges, KernelCode},
     located::{LocatedSample, Location, ProcessInfo},
+    pod::PodFacts,
     raw::{DecodeError, RawSample, WaitDue, Waited},
     resource::{Resource, ResourceValue},
     runtime_code::{RuntimeCode, RuntimeFile, RuntimeFileKind},
