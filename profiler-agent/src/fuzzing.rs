@@ -23,6 +23,7 @@ pub use crate::{
     kernel::fuzzing::{btf, mmap_record},
     label::fuzzing::pod,
     process::fuzzing::{mappings, notices, proc_text},
+    scope::fuzzing::scope,
     symbolize::fuzzing::{debug_info, demangle, go_lines, jitdump, perf_map, symbols},
     unwind_info::fuzzing::{debug_frame, eh_frame, executable, go_table, guessed_code, sections, table},
 };

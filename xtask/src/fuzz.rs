@@ -49,6 +49,7 @@ const TARGETS: &[Target] = &[
     ("pod", 2048),
     ("proc_text", 256),
     ("raw_sample", 256),
+    ("scope", 256),
     ("sections", 384),
     ("spool", 384),
     ("symbols", 1536),

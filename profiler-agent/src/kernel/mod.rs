@@ -15,7 +15,7 @@ mod layout;
 mod namespaces;
 pub mod privileges;
 mod rings;
-mod scope;
+pub mod scope;
 mod side_band;
 mod tables;
 mod waits;
@@ -40,8 +40,6 @@ use zerocopy::IntoBytes as _;
 
 use crate::profile::{Events, WaitDue};
 
-use self::buffers::DoubleBuffer;
-use self::waits::WaitPrograms;
 pub use self::{
     btf::BtfError,
     buffers::BufferRows,
@@ -51,11 +49,11 @@ pub use self::{
     layout::{Features, kernel_version},
     namespaces::pid_namespace,
     rings::{DebugLog, Ring},
-    scope::KernelScope,
     side_band::SideBand,
     tables::{KernelMappings, KernelTables},
     waits::WaitTotals,
 };
+use self::{buffers::DoubleBuffer, waits::WaitPrograms};
 
 /// The kernel programs, built from `profiler-ebpf` by the build script.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PROFILER_EBPF_OBJECT"));

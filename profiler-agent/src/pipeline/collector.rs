@@ -25,7 +25,7 @@ use tracing::warn;
 use super::{Batch, DRAIN_INTERVAL};
 use crate::{
     cgroups::Cgroups,
-    kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, KernelScope, Ring, SideBand},
+    kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand, scope::KernelScope},
     process::{ProcessTable, Published},
     profile::{KernelChanges, LocatedSample, RawSample, Tally},
     scope::{Rules, Scope},

@@ -3,6 +3,8 @@
 //! In: rules, notices, the table of cgroups, and what is known of pods. Out: entries of the kernel's maps. Whoever is
 //! new takes after its parent there, before anything is known of it here.
 
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod proc_fs;
 mod rules;
 

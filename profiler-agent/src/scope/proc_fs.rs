@@ -52,7 +52,7 @@ fn parent_and_flags(tgid: u32) -> Option<(u32, u32)> {
     parse(&String::from_utf8_lossy(&fs::read(format!("/proc/{tgid}/stat")).ok()?))
 }
 
-fn parse(stat: &str) -> Option<(u32, u32)> {
+pub(super) fn parse(stat: &str) -> Option<(u32, u32)> {
     // The command name, field 2, may hold spaces and parentheses; what follows its last `)` may not.
     let (_, fields) = stat.rsplit_once(')')?;
     let mut fields = fields.split_ascii_whitespace();

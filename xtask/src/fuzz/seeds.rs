@@ -107,6 +107,12 @@ pub(super) fn make(folder: &Path) -> Outcome {
     let destinations = "export:\n  destinations:\n    - {endpoint: 'https://c:1', name: d, headers: {e: f}, timeout: 9s, \
                         protocol: grpc, tls: {ca_file: g}}\n  spool: {folder: /h}\n";
     seeds.add("config", "destinations", destinations.as_bytes())?;
+    let scope =
+        "scope:\n  include: [{executables: [a*], cgroups: [/b]}]\n  exclude: [{pids: [1]}, {containers: [c]}]\n";
+    seeds.add("config", "scope", scope.as_bytes())?;
+    let texts = ["a*e", "/bin/app", "/kubepods/pod1", "0123456789ab", "shop", "front"];
+    let texts: Vec<u8> = texts.iter().flat_map(|text| [&[text.len() as u8], text.as_bytes()].concat()).collect();
+    seeds.add("scope", "texts", &texts)?;
     seeds.add("pod", "deployment", &[b"\xff", POD.as_bytes()].concat())?;
     seeds.add("pod", "static", &[b"\x07", STATIC_POD.as_bytes()].concat())?;
     answers(&seeds)?;

@@ -421,8 +421,7 @@ mod tests {
             "resource.opentelemetry.io/service.name":"shop","resource.opentelemetry.io/":"none",
             "notes/long":"{long}","secret":"s"}}}}}}"#
         );
-        let wanted =
-            Wanted { labels: vec!["te*".into()], annotations: vec!["notes/*".into()], service_from_labels: false };
+        let wanted = Wanted { labels: vec!["te*".into()], annotations: vec!["notes/*".into()], ..Wanted::default() };
         let pod = parse(json.as_bytes(), &wanted).expect("a pod").pod;
         assert_eq!(pod.stated, [("service.name".into(), "shop".into())]);
         assert_eq!(pod.chosen[0], ("k8s.pod.label.team".into(), "a\u{fffd}b".into()));
@@ -434,6 +433,22 @@ mod tests {
         let wanted = Wanted { service_from_labels: true, ..Wanted::default() };
         let pod = parse(json.as_bytes(), &wanted).expect("a pod").pod;
         assert_eq!((pod.service.as_deref(), pod.version.as_deref()), (Some("web"), Some("2")));
+    }
+
+    /// What the scope asks about is kept under its own name, and nothing else.
+    #[test]
+    fn keeps_what_the_scope_asks_about() {
+        let json =
+            r#"{"metadata":{"uid":"u","labels":{"tier":"a\nb","team":"x"},"annotations":{"tier":"c","e/f":""}}}"#;
+        let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+        let wanted = Wanted {
+            scope_labels: names(&["tier", "absent"]),
+            scope_annotations: names(&["e/f", "team"]),
+            ..Wanted::default()
+        };
+        let pod = parse(json.as_bytes(), &wanted).expect("a pod").pod;
+        assert_eq!(pod.scope_labels, [("tier".into(), "a\u{fffd}b".into())]);
+        assert_eq!((pod.scope_annotations, pod.chosen), (vec![("e/f".into(), "".into())], Vec::new()));
     }
 
     /// What is no pod is refused with one line.
