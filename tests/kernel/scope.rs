@@ -5,6 +5,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -16,7 +17,7 @@ use profiler_tests::{
     cluster::objects,
     container::{Runc, remove_cgroups},
     eventually, free_port, http_get, kernel_is_usable, metric, native,
-    recorded::{Sample, samples},
+    recorded::{Frame, Sample, samples},
     run, scratch, stderr, workload,
 };
 use serde_json::json;
@@ -77,10 +78,11 @@ impl Daemon {
 fn totals(samples: &[Sample]) -> BTreeMap<&str, [u64; 2]> {
     let mut totals = BTreeMap::<&str, [u64; 2]>::new();
     for sample in samples {
-        // What `execve` does until the new program is in place is still the old one's.
-        let is_exec =
-            sample.frames.iter().any(|frame| frame.name.as_deref().is_some_and(|name| name.contains("execve")));
-        if !is_exec {
+        // What `execve` does until the new program is in place is still the old one's, and may have its name already; a wait
+        // in there of which there is no stack cannot be told from others.
+        let is_exec = |frame: &Arc<Frame>| frame.name.as_deref().is_some_and(|name| name.contains("execve"));
+        let has_stack = sample.frames.len() > 1;
+        if !sample.frames.iter().any(is_exec) && (has_stack || !sample.is_wait) {
             totals.entry(&sample.process).or_default()[usize::from(sample.is_wait)] += sample.count;
         }
     }

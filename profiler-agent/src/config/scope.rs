@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use serde::Deserialize;
 
 use super::labels::{MAX_ENTRIES, valid_name};
@@ -69,8 +69,9 @@ impl Entry {
             };
             values.into_iter().map(pair).collect()
         };
-        for path in self.cgroups.iter().filter(|path| !path.starts_with(['/', '*'])) {
-            anyhow::bail!("{key}: cgroups: {path:?} is no path such as /system.slice/nginx.service");
+        let strange = self.cgroups.iter().find(|path| !path.starts_with(['/', '*']));
+        if let Some(path) = strange {
+            bail!("{key}: cgroups: {path:?} is no path such as /system.slice/nginx.service");
         }
         ensure!(!self.pids.contains(&0), "{key}: pids: there is no process 0");
         ensure!(self.pids.len() <= MAX_ENTRIES, "{key}: pids: {} are more than {MAX_ENTRIES}", self.pids.len());
