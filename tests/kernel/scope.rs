@@ -122,6 +122,12 @@ fn run_in(cgroup: &Path, program: &Path, arguments: &str) -> Background {
     Background::start(Command::new("sh").args(["-c", &script]))
 }
 
+/// Whether any process is called so.
+fn runs(name: &str) -> bool {
+    let mut processes = fs::read_dir("/proc").expect("a folder").flatten();
+    processes.any(|entry| fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name))
+}
+
 fn check_excluded(totals: &BTreeMap<&str, [u64; 2]>, names: &[&str]) {
     for name in names {
         assert_eq!(totals.get(name), None, "{name} was recorded");
@@ -262,6 +268,8 @@ fn annotations_are_followed() {
         let (name, uid) = (pod["metadata"]["name"].as_str().expect("a name"), &pod["metadata"]["uid"]);
         let path = format!("/kubepods/besteffort/pod{}/{id}", uid.as_str().expect("a UID"));
         let program = runc.start(&id, &path, &[&format!("/bin/{name}"), "1", "600"]);
+        // One after the other: setting up a container writes into the root that they share.
+        eventually(name, Duration::from_secs(60), || runs(name).then_some(()));
         cluster.set_pod_status("shop", name, &objects::running(&[("main", &format!("containerd://{id}"))]));
         program
     };
