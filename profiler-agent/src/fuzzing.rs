@@ -25,6 +25,7 @@ pub use crate::{
     label::fuzzing::pod,
     process::fuzzing::{mappings, notices, proc_text},
     redact::fuzzing::redact,
+    scope::fuzzing::scope,
     symbolize::fuzzing::{debug_info, demangle, go_lines, jitdump, perf_map, symbols},
     unwind_info::fuzzing::{debug_frame, eh_frame, executable, go_table, guessed_code, sections, table},
 };

@@ -37,9 +37,10 @@ use crate::{
     allowance::Allowance,
     cgroups::Cgroups,
     kernel::{Kernel, KernelError},
-    label::{self, Labeller},
+    label::{self, Labeller, kubernetes},
     process::{ProcessTable, Published},
-    profile::{Events, KernelChanges, LocatedSample, Profile, Unlabelled},
+    profile::{Cgroup, Events, KernelChanges, LocatedSample, PodFacts, Profile, Unlabelled},
+    scope::{self, Scope},
     status::Stats,
     symbolize::{FrameNamer, SourceOptions, debuginfod::Debuginfod},
     unwind_info::TableBuilder,
@@ -88,8 +89,20 @@ pub struct Options {
     pub allowance: Arc<Allowance>,
     /// Whose samples they are.
     pub labels: label::Options,
+    /// Who is recorded.
+    pub scope: scope::Rules,
     /// Report when all of these processes have exited.
     pub watch: Option<Vec<u32>>,
+}
+
+impl scope::Pods for kubernetes::Pods {
+    fn version(&self) -> u64 {
+        self.version()
+    }
+
+    fn of(&self, cgroup: &Cgroup) -> Option<PodFacts> {
+        self.facts(cgroup)
+    }
 }
 
 /// Samples on their way to the namer.
@@ -106,6 +119,7 @@ struct Batch {
 pub struct Pipeline {
     stop: Option<oneshot::Sender<()>>,
     pace: watch::Sender<Pace>,
+    scope: watch::Sender<scope::Rules>,
     /// The pace that was reached last.
     reached: watch::Receiver<Pace>,
     collector: JoinHandle<Result<(), KernelError>>,
@@ -127,6 +141,7 @@ impl Pipeline {
         let (window_sender, windows) = sync_channel(WINDOW_QUEUE);
         let (stop, stopped) = oneshot::channel();
         let (pace, new_pace) = watch::channel(options.pace.clone());
+        let (scope_rules, new_scope) = watch::channel(options.scope.clone());
         let (reach_pace, reached) = watch::channel(options.pace.clone());
         let (report_exit, watched_exited) = oneshot::channel();
         let namer = {
@@ -150,6 +165,8 @@ impl Pipeline {
         let tables =
             TableBuilder::start(kernel.take_tables()?, options.unwind_table_bytes, Arc::clone(&options.allowance))
                 .context("the thread that builds unwind tables could not be started")?;
+        let pods = options.labels.pods.clone().map(|pods| Box::new(pods) as Box<dyn scope::Pods>);
+        let scope = Scope::new(kernel.take_scope()?, options.scope, pods);
         let collector = {
             let stats = Arc::clone(stats);
             thread::Builder::new()
@@ -161,6 +178,7 @@ impl Pipeline {
                         cgroups: Cgroups::default(),
                         published,
                         tables,
+                        scope,
                         waits: options.events.includes_off_cpu().then(WaitBook::default),
                         kernel_code: KernelChanges::default(),
                         batches: batch_sender,
@@ -171,7 +189,7 @@ impl Pipeline {
                         watch: options.watch.unwrap_or_default(),
                         report_exit: Some(report_exit),
                     };
-                    let outcome = collector.run(options.window, Orders { stopped, pace: new_pace });
+                    let outcome = collector.run(options.window, Orders { stopped, pace: new_pace, scope: new_scope });
                     if let Err(error) = &outcome {
                         error!("collection ended: {error}");
                     }
@@ -179,7 +197,7 @@ impl Pipeline {
                 })
                 .context("the collector thread could not be started")?
         };
-        Ok(Self { stop: Some(stop), pace, reached, collector, namer, labeller, watched_exited })
+        Ok(Self { stop: Some(stop), pace, scope: scope_rules, reached, collector, namer, labeller, watched_exited })
     }
 
     /// Asks the pipeline to stop the clock and flush; profiles still to come follow on the queue.
@@ -195,6 +213,15 @@ impl Pipeline {
         self.pace.send_if_modified(|current| {
             let is_new = *current != pace;
             *current = pace;
+            is_new
+        });
+    }
+
+    /// Records whom these rules are about, from now on.
+    pub fn set_scope(&self, rules: scope::Rules) {
+        self.scope.send_if_modified(|current| {
+            let is_new = *current != rules;
+            *current = rules;
             is_new
         });
     }

@@ -16,6 +16,7 @@ use crate::{
     layout::loaded,
     maps::{CGROUP_NOTICE, CGROUPS, count},
     memory::{kernel, opaque},
+    scope,
 };
 
 /// Where a notice is put together: its path is too long for the stack.
@@ -42,22 +43,36 @@ pub fn of(task: u64) -> u64 {
 /// `cgroup_mkdir(cgroup, path)`.
 #[inline(always)]
 pub fn made(ctx: &BtfTracePointContext) {
-    tell(ctx.arg(0), ctx.arg(1), CgroupChange::Made);
+    let cgroup: u64 = ctx.arg(0);
+    if !is_followed(cgroup) {
+        return;
+    }
+    if loaded!(LAYOUT.css_parent) != 0 {
+        let parent: u64 = kernel(cgroup + u64::from(loaded!(LAYOUT.cgroup_self)), loaded!(LAYOUT.css_parent));
+        scope::cgroup_made(id(kernel(parent, loaded!(LAYOUT.css_cgroup))), id(cgroup));
+    }
+    tell(cgroup, ctx.arg(1), CgroupChange::Made);
 }
 
 /// `cgroup_rmdir(cgroup, path)`.
 #[inline(always)]
 pub fn removed(ctx: &BtfTracePointContext) {
-    tell(ctx.arg(0), 0, CgroupChange::Removed);
+    let cgroup: u64 = ctx.arg(0);
+    if is_followed(cgroup) {
+        tell(cgroup, 0, CgroupChange::Removed);
+    }
+}
+
+/// Whether it is of the hierarchy that tells containers apart.
+#[inline(always)]
+fn is_followed(cgroup: u64) -> bool {
+    let root: u64 = kernel(cgroup, loaded!(LAYOUT.cgroup_root));
+    let hierarchy: u32 = kernel(root, loaded!(LAYOUT.cgroup_root_hierarchy_id));
+    hierarchy == loaded!(SETTINGS.cgroup_hierarchy)
 }
 
 #[inline(always)]
 fn tell(cgroup: u64, path: u64, change: CgroupChange) {
-    let root: u64 = kernel(cgroup, loaded!(LAYOUT.cgroup_root));
-    let hierarchy: u32 = kernel(root, loaded!(LAYOUT.cgroup_root_hierarchy_id));
-    if hierarchy != loaded!(SETTINGS.cgroup_hierarchy) {
-        return;
-    }
     let Some(scratch) = CGROUP_NOTICE.get_ptr_mut(0) else { return };
     let mut bytes = 0;
     if path != 0 {

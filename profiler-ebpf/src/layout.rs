@@ -47,6 +47,8 @@ pub static LAYOUT: KernelLayout = KernelLayout {
     task_cgroups: 0,
     css_set_link: 0,
     css_cgroup: 0,
+    css_parent: 0,
+    cgroup_self: 0,
     cgroup_kn: 0,
     cgroup_root: 0,
     cgroup_root_hierarchy_id: 0,

@@ -76,6 +76,7 @@ pub fn fork(ctx: &BtfTracePointContext) {
             count(Counter::TargetsFull);
         }
     }
+    scope::forked(parent_tgid, child_tgid);
     debug!(ctx, "fork: {} -> {}", parent_tgid, child_tgid);
     let parent = current_process(task, parent_tgid);
     let child = process_key(child, kernel(child, loaded!(LAYOUT.task_group_leader)), child_tgid);
@@ -100,6 +101,7 @@ pub fn exec(ctx: &BtfTracePointContext) {
     if !scope::includes(tgid) {
         return;
     }
+    scope::executed(tgid);
     let process = current_process(task, tgid);
     debug!(ctx, "exec: {}", process.tgid);
     send(NoticeHeader { kind: NoticeKind::Exec as u32, reserved: 0, process });

@@ -17,6 +17,7 @@ use profiler_common::{
         notice::PLACES,
         process::ProcessKey,
         sample::{LARGE_FRAMES, MEDIUM_FRAMES, SMALL_FRAMES, Sample, SampleKey},
+        scope::{MAX_SCOPED_CGROUPS, MAX_SCOPED_PROCESSES, ScopeControl, ScopeMatch},
         tables::{
             CHUNK_ROWS, ExecutableTable, MAX_CHUNKS, MAX_EXECUTABLES, MAX_MAPPINGS, MAX_PAGES, MAX_PROCESSES,
             MAX_RULES, MappingRange, MappingRecord, Page, Row,
@@ -123,6 +124,18 @@ pub fn scratch(index: u32) -> Option<*mut Scratch> {
 /// Processes to record (by tgid, with `abi::settings::target` flags) when the scope is limited.
 #[btf_map]
 pub static TARGETS: HashMap<u32, u32, 16384> = HashMap::new();
+
+/// The rules of the scope. The agent changes them at any time.
+#[btf_map]
+pub static SCOPE: Array<ScopeControl, 1> = Array::new();
+
+/// Cgroups that rules are about, by ID.
+#[btf_map]
+pub static SCOPE_CGROUPS: HashMap<u64, ScopeMatch, MAX_SCOPED_CGROUPS> = HashMap::new();
+
+/// Processes that rules are about, by tgid in the agent's PID namespace.
+#[btf_map]
+pub static SCOPE_PROCESSES: HashMap<u32, ScopeMatch, MAX_SCOPED_PROCESSES> = HashMap::new();
 
 /// Places that were announced: tags in a direct-mapped cache, indexed by their own low bits. It never fills up,
 /// takes no lock and needs no cleaning: what is overwritten is announced again.

@@ -30,8 +30,9 @@ pub fn sample(ctx: &PerfEventContext, walk: impl Fn(&PerfEventContext, &mut Scra
     // SAFETY: the helper only returns the current task's address.
     let task = unsafe { bpf_get_current_task() };
     let tgid = scope::tgid(task);
-    if !scope::includes(tgid) {
-        count(Counter::OutOfScope);
+    let verdict = scope::of(task, tgid);
+    if verdict != scope::IN_SCOPE {
+        count(if verdict == scope::UNDECIDED { Counter::Undecided } else { Counter::OutOfScope });
         return;
     }
     count(Counter::Seen);

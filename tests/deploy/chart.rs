@@ -211,6 +211,7 @@ fn mistakes_are_refused() {
     check(json!({"spool": {"maxAge": "long"}}), "maxAge");
     check(json!({"status": {"port": 70000}}), "port");
     check(json!({"config": {"kubernetes": {"enabled": "sometimes"}}}), "enabled");
+    check(json!({"config": {"scope": {"excludes": []}}}), "excludes");
     check(json!({"config": {"status": {"listen": "127.0.0.1:1"}}}), "set status.host and status.port");
     check(json!({"config": {"export": {"spool": {"mib": 1}}}}), "set spool");
     check(json!({"config": {"export": {"endpoint": "http://x"}}}), "otlp.endpoint would win");

@@ -20,6 +20,7 @@ mod receivers;
 mod recording;
 mod redaction;
 mod runtime_code;
+mod scope;
 mod servers;
 mod stacks;
 mod status;

@@ -51,6 +51,7 @@ const TARGETS: &[Target] = &[
     ("proc_text", 256),
     ("raw_sample", 256),
     ("redact", 256),
+    ("scope", 256),
     ("sections", 384),
     ("spool", 384),
     ("symbols", 1536),

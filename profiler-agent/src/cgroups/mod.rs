@@ -54,6 +54,15 @@ struct Claim {
     users: usize,
 }
 
+/// What came and went.
+#[derive(Debug, Default)]
+pub struct News {
+    /// Cgroups that are known now.
+    pub appeared: Vec<Arc<Cgroup>>,
+    /// Those that were removed and are forgotten now.
+    pub gone: Vec<CgroupId>,
+}
+
 /// Sizes and events, for metrics.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CgroupStats {
@@ -84,6 +93,7 @@ pub struct Cgroups {
     scanned: Option<Instant>,
     /// Whether something has changed since it was last asked.
     has_changed: bool,
+    news: News,
     stats: CgroupStats,
 }
 
@@ -176,6 +186,16 @@ impl Cgroups {
         Some(self.known.values().filter(in_containers).map(|known| Arc::clone(&known.cgroup)).collect())
     }
 
+    /// What came and went since this was last called.
+    pub fn take_news(&mut self) -> News {
+        std::mem::take(&mut self.news)
+    }
+
+    /// All that are known.
+    pub fn iter(&self) -> impl Iterator<Item = Arc<Cgroup>> {
+        self.known.values().map(|known| Arc::clone(&known.cgroup))
+    }
+
     /// Sizes and events so far.
     pub fn stats(&self) -> CgroupStats {
         CgroupStats { known: self.known.len(), containers: self.claims.len(), ..self.stats }
@@ -221,12 +241,15 @@ impl Cgroups {
         });
         self.has_changed = true;
         self.bytes += bytes;
+        self.news.appeared.push(Arc::clone(&cgroup));
         self.known.insert(id, Known { cgroup, bytes, used: now, removed: None });
     }
 
     fn forget(&mut self, id: CgroupId) {
         let Some(known) = self.known.remove(&id) else { return };
         self.has_changed = true;
+        // One that was evicted is still there.
+        self.news.gone.extend(known.removed.map(|_| id));
         self.bytes -= known.bytes;
         for container in &known.cgroup.containers {
             if let Some(claim) = self.claims.get_mut(container) {

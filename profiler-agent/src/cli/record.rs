@@ -27,6 +27,7 @@ use crate::{
     pipeline::{self, DRAIN_INTERVAL, PROFILE_QUEUE, Pace, Pipeline, rows_per_second},
     process::children_of,
     profile::{Events, Profile},
+    scope,
     status::Stats,
     symbolize::{
         SourceOptions,
@@ -250,6 +251,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
         unwind_table_bytes: DEFAULT_TABLE_BYTES,
         allowance: Arc::default(),
         labels: labels::of_recording(&stats),
+        scope: scope::Rules::default(),
         watch: (!watch.is_empty()).then_some(watch),
     };
     let (sender, mut profiles) = mpsc::channel(PROFILE_QUEUE);

@@ -114,6 +114,10 @@ Configuration file, with the defaults:
     kubeconfig: ''
     wait: 5s
     grace: 60s
+  scope:
+    honor_annotation: true
+    include: []
+    exclude: []
   labels:
     extra: {}
     pod_labels: []
@@ -145,6 +149,18 @@ The status endpoint may speak TLS and ask for a token:
   status:
     tls: {cert_file: tls.crt, key_file: tls.key}
     token_file: token
+
+Who is recorded: whoever one of scope.include matches, or all if it is empty, and none of scope.exclude. All fields of an
+entry have to match, and one value of each; * stands for any characters:
+  scope:
+    exclude:
+      - executables: [postgres, /opt/secret/*]
+      - cgroups: [/system.slice/backup.service]
+      - pids: [4711]
+      - namespaces: [kube-*]
+        pod_labels: {tier: batch}
+        pod_annotations: {example.com/private: '*'}
+        containers: [istio-proxy]
 
 Several destinations take the place of export.endpoint, each with its own queue; files and the spool need folders:
   export:

@@ -2,6 +2,7 @@
 
 use super::{Config, Overrides, TABLE_MIB_RANGE, export::WINDOW_RANGE, parse};
 use crate::control::schedule::Schedule;
+use crate::scope::MAX_MATCHERS;
 
 /// The configuration file: what is accepted is within the limits.
 pub fn config(bytes: &[u8]) {
@@ -23,6 +24,11 @@ pub fn config(bytes: &[u8]) {
     let names: std::collections::BTreeSet<_> = config.export.destinations.iter().map(|to| &to.name).collect();
     assert!(!names.is_empty() && names.len() == config.export.destinations.len());
     assert!(names.iter().all(|name| !name.contains('/') && !name.starts_with('.')));
+    for matcher in config.scope.include.iter().chain(&config.scope.exclude) {
+        // There is no cluster.
+        assert!(!matcher.is_empty() && !matcher.asks_about_pods());
+    }
+    assert!(config.scope.include.len() + config.scope.exclude.len() <= MAX_MATCHERS);
     if let Some(debuginfod) = config.debuginfod {
         assert!(!debuginfod.urls.is_empty());
         assert!(debuginfod.max_file_bytes < debuginfod.cache_bytes);

@@ -7,12 +7,15 @@ use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use tracing::warn;
 
-use crate::label::{Pattern, Rules, kubernetes::Wanted};
+use crate::{
+    label::{Rules, kubernetes::Wanted},
+    pattern::Pattern,
+};
 
 /// OpenTelemetry's variable (<https://opentelemetry.io/docs/specs/otel/resource/sdk/>).
 const VARIABLE: &str = "OTEL_RESOURCE_ATTRIBUTES";
 /// Entries of each list.
-const MAX_ENTRIES: usize = 64;
+pub(super) const MAX_ENTRIES: usize = 64;
 /// Bytes of a name or a pattern.
 const MAX_NAME: usize = 256;
 /// Bytes of a value.
@@ -92,6 +95,7 @@ impl Labels {
                 labels: patterns("labels.pod_labels", &or_file(flags.pod_labels, file.pod_labels))?,
                 annotations: patterns("labels.pod_annotations", &or_file(flags.pod_annotations, file.pod_annotations))?,
                 service_from_labels: flags.service_from_labels.or(file.service_from_labels).unwrap_or(false),
+                ..Wanted::default()
             },
         })
     }
@@ -103,7 +107,7 @@ fn patterns(key: &str, texts: &[String]) -> anyhow::Result<Vec<Pattern>> {
     texts.iter().map(pattern).collect()
 }
 
-fn valid_name(key: &str, name: &str) -> anyhow::Result<()> {
+pub(super) fn valid_name(key: &str, name: &str) -> anyhow::Result<()> {
     let is_valid =
         (1..=MAX_NAME).contains(&name.len()) && !name.contains(|c: char| c.is_control() || c.is_whitespace());
     ensure!(is_valid, "{key}: {name:?} is no name such as service.name, of {MAX_NAME} bytes at most");

@@ -11,6 +11,7 @@ mod labels;
 mod place;
 mod redact;
 mod schedule;
+mod scope;
 mod status;
 
 pub use self::{
@@ -36,6 +37,7 @@ use crate::{
     kernel::WaitOptions,
     profile::Events,
     redact::Redaction,
+    scope::Rules,
     symbolize::{SourceOptions, debuginfod},
     unwind_info::DEFAULT_TABLE_BYTES,
 };
@@ -74,6 +76,7 @@ struct File {
     kubernetes: kubernetes::Section,
     labels: labels::Section,
     redact: redact::Section,
+    scope: scope::Section,
     export: export::Section,
     status: status::Section,
     budget: bounds::BudgetSection,
@@ -185,6 +188,8 @@ pub struct Config {
     pub labels: Labels,
     /// What is not shown to anybody.
     pub redact: Redaction,
+    /// Who is recorded.
+    pub scope: Rules,
     /// Where profiles go.
     pub export: Export,
     /// The status endpoint.
@@ -233,6 +238,10 @@ impl Config {
             bytes: dwarf_bytes(overrides.dwarf_mib.or(file.symbolize.dwarf_mib))?,
         };
         let details = if source.lines || source.inlines { source.bytes } else { 0 };
+        let kubernetes = Kubernetes::merge(file.kubernetes, overrides.kubernetes)?;
+        let scope = file.scope.validate(kubernetes.is_some())?;
+        let mut labels = Labels::merge(file.labels, overrides.labels)?;
+        (labels.wanted.scope_labels, labels.wanted.scope_annotations) = (scope.label_names(), scope.annotation_names());
         Ok(Self {
             budget: Budget::merge(file.budget, &overrides.control, details)?,
             control: Control::merge(file.control, overrides.control)?,
@@ -251,9 +260,10 @@ impl Config {
             source,
             names_bytes: names_bytes(overrides.names_mib.or(file.symbolize.names_mib))?,
             frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
-            kubernetes: Kubernetes::merge(file.kubernetes, overrides.kubernetes)?,
-            labels: Labels::merge(file.labels, overrides.labels)?,
+            kubernetes,
+            labels,
             redact: file.redact.validate()?,
+            scope,
             export: Export::merge(file.export, overrides.export)?,
             status: Status::merge(file.status, overrides.status)?,
         })
@@ -345,6 +355,7 @@ pub fn valid_frequency(frequency: u64) -> anyhow::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::label::kubernetes::Wanted;
 
     fn check(yaml: &str, overrides: Overrides, expect: Result<Config, &str>) {
         let result = parse(yaml).and_then(|file| Config::merge(file, overrides));
@@ -370,8 +381,12 @@ mod tests {
             source: SourceOptions::default(),
             names_bytes: 32 << 20,
             kubernetes: None,
-            labels: Labels::default(),
+            labels: Labels {
+                wanted: Wanted { scope_annotations: ["profiler/enabled".to_owned()].into(), ..Wanted::default() },
+                ..Labels::default()
+            },
             redact: Redaction::default(),
+            scope: Rules { honor_annotation: true, ..Rules::default() },
             export: Export::merge(export::Section::default(), ExportOverrides::default()).expect("a default"),
             status: Status::merge(status::Section::default(), StatusOverrides::default()).expect("a default"),
             budget: Budget { cpu: 0.01, memory: 256 << 20 },

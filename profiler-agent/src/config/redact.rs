@@ -3,7 +3,7 @@
 use anyhow::ensure;
 use serde::Deserialize;
 
-use crate::{label::Pattern, redact::Redaction};
+use crate::{pattern::Pattern, redact::Redaction};
 
 /// Entries of each list.
 const MAX_ENTRIES: usize = 64;

@@ -20,6 +20,7 @@ use crate::{
     pipeline::{self, DRAIN_INTERVAL, Pace, Pipeline, rows_per_second},
     profile::Profile,
     redact::Redaction,
+    scope,
     status::Stats,
     symbolize::debuginfod::Debuginfod,
 };
@@ -70,6 +71,9 @@ impl Collection {
         })?;
         stats.keep_kernel_counters();
         let attachments = kernel.attachments();
+        if config.scope.are_strict() {
+            kernel.withhold()?;
+        }
         kernel.attach_notices()?;
         kernel.set_pace(pace.frequency, pace.following(0));
         if pace.collects {
@@ -91,6 +95,7 @@ impl Collection {
             unwind_table_bytes: config.table_bytes,
             allowance: Arc::clone(&surroundings.allowance),
             labels,
+            scope: config.scope.clone(),
             watch: None,
         };
         let pipeline = Pipeline::start(kernel, options, surroundings.profiles.clone(), stats)?;
@@ -100,6 +105,11 @@ impl Collection {
     /// Goes on at another pace.
     pub(super) fn set_pace(&self, pace: Pace) {
         self.pipeline.set_pace(pace);
+    }
+
+    /// Records whom these rules are about, from now on.
+    pub(super) fn set_scope(&self, rules: scope::Rules) {
+        self.pipeline.set_scope(rules);
     }
 
     /// Whether it goes on at the pace that was set last.

@@ -400,6 +400,7 @@ impl Daemon {
             self.stop();
         } else if let State::Running(collection) = &self.state {
             collection.set_pace(self.pace());
+            collection.set_scope(self.config.scope.clone());
         }
         Ok(())
     }

@@ -97,6 +97,11 @@ impl CgroupHierarchy {
         };
         (layout.task_cgroups, layout.css_set_link) = (types.offset("task_struct", "cgroups")?, link);
         layout.css_cgroup = types.offset("cgroup_subsys_state", "cgroup")?;
+        if let (Some(parent), Some(own)) =
+            (types.offset("cgroup_subsys_state", "parent"), types.offset("cgroup", "self"))
+        {
+            (layout.css_parent, layout.cgroup_self) = (parent, own);
+        }
         layout.cgroup_kn = types.offset("cgroup", "kn")?;
         layout.cgroup_root = types.offset("cgroup", "root")?;
         layout.cgroup_root_hierarchy_id = types.offset("cgroup_root", "hierarchy_id")?;

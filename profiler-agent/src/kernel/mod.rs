@@ -17,6 +17,7 @@ mod layout;
 mod namespaces;
 pub mod privileges;
 mod rings;
+pub mod scope;
 mod side_band;
 mod tables;
 mod waits;
@@ -41,8 +42,6 @@ use zerocopy::IntoBytes as _;
 
 use crate::profile::{Events, WaitDue};
 
-use self::buffers::DoubleBuffer;
-use self::waits::{Control, WaitPrograms};
 pub use self::{
     attachments::Attachments,
     btf::BtfError,
@@ -57,6 +56,10 @@ pub use self::{
     side_band::SideBand,
     tables::{KernelMappings, KernelTables},
     waits::{Following, Unfinished, WaitTotals},
+};
+use self::{
+    buffers::DoubleBuffer,
+    waits::{Control, WaitPrograms},
 };
 
 /// The kernel programs, built from `profiler-ebpf` by the build script.

@@ -26,21 +26,33 @@ use crate::{process::MappingMaps, unwind_info::TableMaps};
 const CHUNK_BYTES: usize = CHUNK_ROWS * size_of::<Row>();
 
 /// A map of records.
-struct Records(MapData);
+pub(super) struct Records(MapData);
 
 impl Records {
-    fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Self, KernelError> {
+    pub(super) fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Self, KernelError> {
         match ebpf.take_map(name) {
             Some(Map::Array(data) | Map::HashMap(data) | Map::ArrayOfMaps(data)) => Ok(Self(data)),
             _ => Err(KernelError::MissingPart(name)),
         }
     }
 
-    fn fd(&self) -> BorrowedFd<'_> {
+    /// Uses a map of records that stays where it is.
+    pub(super) fn in_place<T>(
+        ebpf: &Ebpf,
+        name: &'static str,
+        with: impl FnOnce(BorrowedFd<'_>) -> T,
+    ) -> Result<T, KernelError> {
+        match ebpf.map(name) {
+            Some(Map::Array(data) | Map::HashMap(data)) => Ok(with(data.fd().as_fd())),
+            _ => Err(KernelError::MissingPart(name)),
+        }
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.0.fd().as_fd()
     }
 
-    fn set<T: IntoBytes + Immutable>(&mut self, first: u32, records: &[T]) -> io::Result<()> {
+    pub(super) fn set<T: IntoBytes + Immutable>(&mut self, first: u32, records: &[T]) -> io::Result<()> {
         commands::update(self.fd(), first, records.as_bytes(), records.len())
     }
 }

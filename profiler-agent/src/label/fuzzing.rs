@@ -15,8 +15,12 @@ use crate::{
 pub fn pod(bytes: &[u8]) {
     let mut input = Input(bytes);
     let size = usize::from(input.byte()) + 1;
-    let wanted =
-        Wanted { labels: vec!["*".into()], annotations: vec!["*a*".into()], service_from_labels: size % 2 == 0 };
+    let wanted = Wanted {
+        labels: vec!["*".into()],
+        annotations: vec!["*a*".into()],
+        service_from_labels: size % 2 == 0,
+        ..Wanted::default()
+    };
     let (mut items, mut index, now) = (Items::default(), Index::new(Duration::ZERO), Instant::now());
     let mut ids: Vec<Arc<str>> = Vec::new();
     index.begin_list();

@@ -18,11 +18,11 @@ use std::{
     time::Duration,
 };
 
+pub use self::rules::Rules;
 use self::{
     kubernetes::{Found, Pods},
     rules::UNKNOWN_SERVICE,
 };
-pub use self::{rules::Rules, text::Pattern};
 use crate::{
     profile::{Cgroup, CgroupId, ProcessInfo, Profile, Resource, ResourceValue, Unlabelled},
     redact::Redaction,

@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::text::Pattern;
-use crate::profile::ResourceValue;
+use crate::{pattern::Pattern, profile::ResourceValue};
 
 /// The attribute that no sample is without.
 const SERVICE: &str = "service.name";

@@ -25,9 +25,10 @@ use tracing::warn;
 use super::{Batch, DRAIN_INTERVAL, Pace};
 use crate::{
     cgroups::Cgroups,
-    kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand, Unfinished},
+    kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand, Unfinished, scope::KernelScope},
     process::{ProcessTable, Published},
     profile::{KernelChanges, LocatedSample, RawSample, Tally},
+    scope::{Rules, Scope},
     status::Stats,
     unwind_info::TableBuilder,
     waits::WaitBook,
@@ -37,6 +38,8 @@ use crate::{
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
 /// Time between two looks at the kernel programs' counters, which tell what they cost.
 const COUNT_INTERVAL: Duration = Duration::from_secs(1);
+/// Time between two looks at whether pods have changed that the scope asks about.
+const FOLLOW_PODS: Duration = Duration::from_millis(500);
 /// A place of waits that was not used for so long makes room for others.
 const SITE_IDLE: Duration = Duration::from_secs(10);
 
@@ -62,6 +65,7 @@ struct Epoch {
 pub(super) struct Orders {
     pub(super) stopped: oneshot::Receiver<()>,
     pub(super) pace: watch::Receiver<Pace>,
+    pub(super) scope: watch::Receiver<Rules>,
 }
 
 /// The first stage: owns the kernel side and the process table.
@@ -71,6 +75,7 @@ pub(super) struct Collector {
     pub(super) cgroups: Cgroups,
     pub(super) published: Published<KernelMappings>,
     pub(super) tables: TableBuilder,
+    pub(super) scope: Scope<KernelScope>,
     pub(super) waits: Option<WaitBook>,
     /// For the next batch.
     pub(super) kernel_code: KernelChanges,
@@ -115,6 +120,7 @@ impl Collector {
             }
         };
         self.cgroups = Cgroups::read(self.kernel.cgroups().controller());
+        self.set_scope(self.scope.rules().clone());
         let log = self.kernel.take_log().map(DebugLog::watch).transpose().map_err(unwatchable)?;
         let mut sources = Sources { notices, cgroups, side_band, overflow, log };
         let outcome = self.collect_until_stopped(window, orders, &mut sources).await;
@@ -144,6 +150,8 @@ impl Collector {
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut counts = interval_at(tokio::time::Instant::now(), COUNT_INTERVAL);
         counts.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut pods = interval_at(tokio::time::Instant::now(), FOLLOW_PODS);
+        pods.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut window_opened = Instant::now();
         let mut wanted = None;
         loop {
@@ -156,6 +164,7 @@ impl Collector {
                         window_opened = Instant::now();
                     }
                 }
+                rules = changed(&mut orders.scope) => self.set_scope(rules),
                 _ = counts.tick() => {
                     self.count()?;
                     if self.reach_pace(sources.overflow.get_mut(), &mut wanted)? {
@@ -201,6 +210,7 @@ impl Collector {
                 }
                 () = flush_log(&mut sources.log) => {}
                 _ = looks.tick(), if self.table.is_expecting() => self.table.look_again(),
+                _ = pods.tick(), if self.scope.follows_pods() => self.scope.follow_pods(self.cgroups.iter()),
             }
         }
     }
@@ -210,12 +220,22 @@ impl Collector {
         if let Some(notices) = &mut sources.cgroups {
             notices.get_mut().read(|notice| self.cgroups.notice(notice));
         }
+        let news = self.cgroups.take_news();
+        self.scope.cgroups_changed(&news.appeared, &news.gone);
+    }
+
+    /// Puts other rules into force at once.
+    pub(super) fn set_scope(&mut self, rules: Rules) {
+        self.scope.apply(rules, self.cgroups.iter());
     }
 
     /// Reads what the kernel announced: first processes, then what was mapped in them.
     fn learn(&mut self, sources: &mut Sources) {
         self.learn_cgroups(sources);
-        sources.notices.get_mut().read(|notice| self.table.notice(notice));
+        sources.notices.get_mut().read(|notice| {
+            self.scope.notice(notice);
+            self.table.notice(notice);
+        });
         if let Some(side_band) = &mut sources.side_band {
             let (table, kernel_code) = (&mut self.table, &mut self.kernel_code);
             let lost = side_band.get_ref().lost();
@@ -375,9 +395,13 @@ impl Collector {
         }
         self.publish();
         self.cgroups.end_drain();
+        self.scope.end_drain();
         self.stats.set_table(self.table.stats());
         self.stats.set_unwind_tables(self.tables.stats(), self.published.refused());
         self.count()?;
+        let news = self.cgroups.take_news();
+        self.scope.cgroups_changed(&news.appeared, &news.gone);
+        self.stats.set_scope(self.scope.stats());
         self.stats.set_cgroups(self.cgroups.stats(), self.cgroups.take_containers());
         self.stats.set_clock(self.kernel.clock().map_or(0, Clock::cpus));
         Ok(())
@@ -385,10 +409,14 @@ impl Collector {
 
     /// Reads the kernel programs' counters.
     fn count(&mut self) -> Result<(), KernelError> {
-        let lost = self.stats.kernel(Counter::CgroupNoticesLost);
+        let lost = [Counter::CgroupNoticesLost, Counter::NoticesLost].map(|counter| self.stats.kernel(counter));
         self.stats.set_kernel_counters(&self.kernel.counters()?);
-        if self.stats.kernel(Counter::CgroupNoticesLost) != lost {
+        if self.stats.kernel(Counter::CgroupNoticesLost) != lost[0] {
             self.cgroups.scan();
+            self.scope.look_at_cgroups(self.cgroups.iter());
+        }
+        if self.stats.kernel(Counter::NoticesLost) != lost[1] {
+            self.scope.look_at_processes();
         }
         Ok(())
     }
@@ -403,6 +431,15 @@ impl Collector {
         let now = self.kernel.waiting_threads(|thread, wait| {
             threads.insert(thread, wait);
         });
+        if self.scope.is_limited() {
+            // What is out of scope now is not charged any more, however long it has been waiting.
+            threads.retain(|_, wait| {
+                let process = waits.process(&wait.key);
+                process.is_none_or(|process| {
+                    self.scope.includes(process.key.tgid, process.cgroup.as_ref().map(|cgroup| cgroup.id))
+                })
+            });
+        }
         // Where the threads could not be read, what has ended is still handed on.
         let now_ns = now.as_ref().map_or(0, |now| now.unwrap_or(0));
         let settled = waits.settle(&threads, now_ns, false);
@@ -462,13 +499,13 @@ impl Collector {
     }
 }
 
-/// Waits for another pace.
-async fn changed(pace: &mut watch::Receiver<Pace>) -> Pace {
+/// Waits for another order.
+async fn changed<T: Clone>(order: &mut watch::Receiver<T>) -> T {
     // An error means that nobody can change it any more.
-    if pace.changed().await.is_err() {
+    if order.changed().await.is_err() {
         std::future::pending::<()>().await;
     }
-    pace.borrow_and_update().clone()
+    order.borrow_and_update().clone()
 }
 
 /// Waits for new code; for ever where it is not announced.

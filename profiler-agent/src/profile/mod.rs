@@ -10,6 +10,7 @@ mod frame;
 mod kernel_code;
 mod located;
 mod mark;
+mod pod;
 mod raw;
 mod resource;
 mod runtime_code;
@@ -24,6 +25,7 @@ pub use self::{
     kernel_code::{KernelChanges, KernelCode},
     located::{LocatedSample, Location, ProcessInfo},
     mark::Mark,
+    pod::PodFacts,
     raw::{DecodeError, RawSample, WaitDue, Waited},
     resource::{Resource, ResourceValue},
     runtime_code::{RuntimeCode, RuntimeFile, RuntimeFileKind},

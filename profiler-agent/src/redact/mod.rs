@@ -12,7 +12,7 @@ use std::{
 };
 
 use crate::{
-    label::Pattern,
+    pattern::Pattern,
     profile::{
         Executable, Frame, FrameName, FrameType, FunctionName, InlinedFunction, Nameless, ProcessInfo, Profile, Sample,
         SourceLine, Unlabelled,

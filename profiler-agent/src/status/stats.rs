@@ -18,6 +18,7 @@ use crate::{
     label::{LabelStats, kubernetes::Pods},
     process::TableStats,
     profile::{Cgroup, Tally},
+    scope::ScopeStats,
     symbolize::SymbolizeStats,
     unwind_info::TableBuilderStats,
     waits::WaitStats,
@@ -113,6 +114,7 @@ pub struct Stats {
     kernel: Mutex<KernelCounters>,
     table: Mutex<TableStats>,
     cgroups: Mutex<(CgroupStats, Vec<Arc<Cgroup>>)>,
+    scope: Mutex<ScopeStats>,
     symbolize: Mutex<SymbolizeStats>,
     mappings_lost: AtomicU64,
     unwind_tables: Mutex<(TableBuilderStats, u64)>,
@@ -245,6 +247,15 @@ impl Stats {
     /// Cgroups of containers and pods.
     pub fn containers(&self) -> Vec<Arc<Cgroup>> {
         self.cgroups.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+
+    pub(crate) fn set_scope(&self, stats: ScopeStats) {
+        *self.scope.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+    }
+
+    /// The scope's sizes and events.
+    pub fn scope(&self) -> ScopeStats {
+        *self.scope.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn set_mappings_lost(&self, lost: u64) {

@@ -12,7 +12,7 @@ use profiler_common::abi::{
     waits::ThreadWait,
 };
 
-use crate::profile::{LocatedSample, Location, WaitDue, Waited};
+use crate::profile::{LocatedSample, Location, ProcessInfo, WaitDue, Waited};
 
 /// Bytes of stacks that are kept, estimated. Those that have not been needed for longest go first.
 const MAX_BYTES: usize = 16 << 20;
@@ -209,6 +209,11 @@ impl WaitBook {
         Self { stats: self.stats, ..Self::default() }
     }
 
+    /// The process and the cgroup in which a stack was taken, if it is kept.
+    pub fn process(&self, key: &SampleKey) -> Option<&ProcessInfo> {
+        self.known.get(key).map(|known| &*known.sample.process)
+    }
+
     /// Sizes and events so far.
     pub fn stats(&self) -> WaitStats {
         WaitStats { stacks: self.known.len(), bytes: self.bytes, ..self.stats }
@@ -301,7 +306,6 @@ mod tests {
     use profiler_common::abi::process::ProcessKey;
 
     use super::*;
-    use crate::profile::ProcessInfo;
 
     const SECOND: u64 = 1_000_000_000;
 

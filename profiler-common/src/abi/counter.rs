@@ -1,6 +1,6 @@
 //! The one list of everything the kernel programs count.
 
-/// How a counter takes part in the books: `fired = idle + out_of_scope + seen`, and
+/// How a counter takes part in the books: `fired = idle + out_of_scope + undecided + seen`, and
 /// `seen = delivered samples + every loss`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -54,6 +54,7 @@ counters! {
     Fired, "samples_fired", Fired, "Times the sampling event fired, on any CPU.";
     Idle, "samples_idle", Skipped, "Events that found the CPU idle.";
     OutOfScope, "samples_out_of_scope", Skipped, "Events in processes outside the recording's scope, or outside of the agent's PID namespace.";
+    Undecided, "samples_undecided", Skipped, "Events in processes of which nobody knew yet whether they are in scope.";
     Seen, "samples_seen", Seen, "Events that should become a sample.";
     LostScratch, "samples_lost_scratch", Lost, "Samples lost because the per-CPU scratch space was missing.";
     LostBuffer, "samples_lost_buffer", Lost, "Samples lost because no buffer was installed.";
@@ -73,4 +74,5 @@ counters! {
     WaitStacksNs, "wait_stacks_nanoseconds", Info, "Time that it took the stacks of waits.";
     NoticesNs, "notices_nanoseconds", Info, "Time that the kernel programs ran that announce processes and cgroups.";
     TargetsFull, "targets_full", Info, "Children of a recorded process that could not be followed because the target map was full.";
+    ScopeFull, "scope_full", Info, "New processes and cgroups of which it could not be noted that a rule of the scope may be about them.";
 }

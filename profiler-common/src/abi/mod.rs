@@ -8,6 +8,7 @@ pub mod counter;
 pub mod notice;
 pub mod process;
 pub mod sample;
+pub mod scope;
 pub mod settings;
 pub mod tables;
 pub mod waits;

@@ -91,12 +91,16 @@ pub struct KernelLayout {
     pub upid_size: u32,
     /// `pid_namespace::ns.inum`.
     pub pid_namespace_inum: u32,
-    /// `task_struct::cgroups`. This and the next six are zero where cgroups are not told apart.
+    /// `task_struct::cgroups`. This and the next eight are zero where cgroups are not told apart.
     pub task_cgroups: u32,
     /// Member of `css_set` that leads to the cgroup: `dfl_cgrp`, or one of `subsys`.
     pub css_set_link: u32,
     /// `cgroup_subsys_state::cgroup`.
     pub css_cgroup: u32,
+    /// `cgroup_subsys_state::parent`; zero: not known, new cgroups do not take after their parents.
+    pub css_parent: u32,
+    /// `cgroup::self`.
+    pub cgroup_self: u32,
     /// `cgroup::kn`.
     pub cgroup_kn: u32,
     /// `cgroup::root`.

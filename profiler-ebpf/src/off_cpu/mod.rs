@@ -97,8 +97,13 @@ fn arrive(task: u64, at: queue::Now, since: u64, ration: &mut Ration) {
     if thread == 0 {
         return;
     }
-    let tgid = tgid(task);
-    if !scope::includes(tgid) {
+    if scope::of(task, tgid(task)) != scope::IN_SCOPE {
+        // It may have been in scope when it left its CPU.
+        if scope::has_gaps()
+            && let Some(wait) = threads::find(thread)
+        {
+            wait.began_ns = 0;
+        }
         return;
     }
     let Some(wait) = threads::find(thread) else {
@@ -162,7 +167,8 @@ fn arrive_unknown(task: u64, thread: u32, now: u64) {
     if since == 0 {
         return;
     }
-    if threads::remember(thread).is_none() {
+    // Where it was out of scope, it has run and waited since, and nobody knows how long.
+    if threads::remember(thread).is_none() || scope::has_gaps() {
         return;
     }
     let started: u64 = member(task, loaded!(LAYOUT.task_start_time));
@@ -247,7 +253,7 @@ fn leave(
     let task: u64 = ctx.arg(1);
     let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
     let tgid = tgid(task);
-    if thread == 0 || !scope::includes(tgid) {
+    if thread == 0 {
         return;
     }
     let is_preempted = ctx.arg::<u64>(0) & 1 == 1;
@@ -261,6 +267,9 @@ fn leave(
             sites::settle(task, wait);
             threads::forget(thread);
         }
+        return;
+    }
+    if scope::of(task, tgid) != scope::IN_SCOPE {
         return;
     }
     let kind = if is_preempted || state == 0 {

@@ -112,6 +112,12 @@ pub(super) fn make(folder: &Path) -> Outcome {
     seeds.add("config", "schedule", schedule.as_bytes())?;
     let rule = "{name: a, memory_growth: 64, for: 9s, capture: {duration: 9s, frequency: 49, event: both}}";
     seeds.add("config", "capture", format!("capture:\n  cooldown: 9s\n  rules:\n    - {rule}\n").as_bytes())?;
+    let scope =
+        "scope:\n  include: [{executables: [a*], cgroups: [/b]}]\n  exclude: [{pids: [1]}, {containers: [c]}]\n";
+    seeds.add("config", "scope", scope.as_bytes())?;
+    let texts = ["a*e", "/bin/app", "/kubepods/pod1", "0123456789ab", "shop", "front"];
+    let texts: Vec<u8> = texts.iter().flat_map(|text| [&[text.len() as u8], text.as_bytes()].concat()).collect();
+    seeds.add("scope", "texts", &texts)?;
     seeds.add("pod", "deployment", &[b"\xff", POD.as_bytes()].concat())?;
     seeds.add("pod", "static", &[b"\x07", STATIC_POD.as_bytes()].concat())?;
     answers(&seeds)?;

@@ -39,6 +39,8 @@ pub(crate) struct Index {
     swept: Instant,
     /// Pods that found no room.
     refused: u64,
+    /// Raised whenever something else may be found.
+    version: u64,
 }
 
 #[derive(Debug)]
@@ -72,6 +74,7 @@ impl Index {
             list: 0,
             swept: Instant::now(),
             refused: 0,
+            version: 0,
         }
     }
 
@@ -90,6 +93,10 @@ impl Index {
             containers.truncate(running);
             bytes = bytes_of(&pod, &containers);
         }
+        let is_known = before
+            .as_ref()
+            .is_some_and(|before| *before.pod == pod && before.containers == containers && before.gone.is_none());
+        self.version += u64::from(!is_known);
         let entry = Entry { pod: pod.into(), containers, gone: None, list: self.list, bytes };
         if self.bytes + bytes <= self.budget {
             self.insert(entry);
@@ -134,6 +141,7 @@ impl Index {
         let is_over = |entry: &Entry| entry.gone.is_some_and(|gone| now.saturating_duration_since(gone) >= grace);
         let over: Vec<_> =
             self.pods.iter().filter(|(_, entry)| is_over(entry)).map(|(uid, _)| Arc::clone(uid)).collect();
+        self.version += u64::from(!over.is_empty());
         for uid in over {
             self.remove(&uid);
         }
@@ -172,6 +180,11 @@ impl Index {
         let entry = self.pods.get(self.containers.get(id)?)?;
         let container = entry.containers.iter().find(|(other, _)| **other == *id).cloned();
         Some(Found { pod: Arc::clone(&entry.pod), container })
+    }
+
+    /// A number that changes whenever something else may be found.
+    pub(crate) fn version(&self) -> u64 {
+        self.version
     }
 
     /// Pods, containers, the bytes that they take, and pods that found no room.
@@ -218,6 +231,7 @@ impl Index {
             let gone = self.pods.iter().filter_map(|(uid, entry)| Some((entry.gone?, uid)));
             let Some((_, uid)) = gone.min() else { return };
             let uid = Arc::clone(uid);
+            self.version += 1;
             self.remove(&uid);
         }
     }
@@ -360,6 +374,24 @@ mod tests {
         let many: Vec<_> = ids.iter().map(|id| (id.as_str(), "app")).collect();
         index.put(stated("new", None, &many), now);
         check(&index, &["cn"], None, Some(("new", Some("cn"))));
+    }
+
+    /// Only what can be told apart is a change: kubelets write a pod's status again and again.
+    #[test]
+    fn versions_change_with_what_is_known() {
+        let (mut index, now) = (Index::new(GRACE), Instant::now());
+        let mut check = |uid: &str, container: &str, expect: u64| {
+            index.put(stated(uid, None, &[(container, "app")]), now);
+            assert_eq!(index.version(), expect, "{uid} {container}");
+        };
+        check("u1", "c1", 1);
+        check("u1", "c1", 1);
+        check("u1", "c2", 2);
+        check("u2", "c3", 3);
+        index.delete("u2", now);
+        assert_eq!(index.version(), 3);
+        index.sweep(now + GRACE);
+        assert_eq!(index.version(), 4);
     }
 
     /// However often containers restart, so many are remembered.

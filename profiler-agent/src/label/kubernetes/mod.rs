@@ -26,7 +26,7 @@ use tracing::{debug, info, warn};
 #[cfg(not(fuzzing))]
 use self::index::Index;
 use self::{api::ApiError, pod::Stated, watch::Patience};
-use crate::profile::Cgroup;
+use crate::profile::{Cgroup, PodFacts};
 
 pub(crate) use self::{attributes::attributes, index::Found};
 #[cfg(fuzzing)]
@@ -178,6 +178,22 @@ impl Pods {
     /// Whose a cgroup is.
     pub(crate) fn find(&self, cgroup: &Cgroup) -> Option<Found> {
         self.shared.known().index.find(cgroup)
+    }
+
+    /// What the scope may ask about a cgroup's pod; `None`: it is in none that is known.
+    pub fn facts(&self, cgroup: &Cgroup) -> Option<PodFacts> {
+        let found = self.find(cgroup)?;
+        Some(PodFacts {
+            namespace: found.pod.namespace.clone(),
+            container: found.container.map(|(_, container)| container.name.clone()),
+            labels: found.pod.scope_labels.clone(),
+            annotations: found.pod.scope_annotations.clone(),
+        })
+    }
+
+    /// A number that changes whenever other pods or containers are known, or others of their facts.
+    pub fn version(&self) -> u64 {
+        self.shared.known().index.version()
     }
 
     /// Waits until all of these cgroups are known, but for none longer than `wait` since it appeared, and only while the API

@@ -3,13 +3,16 @@
 //! Everything in it was written by others: the kubelet, controllers, and whoever made the pod. What is not asked for is
 //! passed over while the text is read, `managedFields` among it.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use serde::Deserialize;
 
-use crate::label::{
-    image::Image,
-    text::{self, Pattern},
+use crate::{
+    label::{image::Image, text},
+    pattern::Pattern,
 };
 
 /// Annotations that say what attributes are, by the attributes' names
@@ -35,6 +38,10 @@ pub struct Wanted {
     pub annotations: Vec<Pattern>,
     /// Whether services are named by the labels `app.kubernetes.io/…`.
     pub service_from_labels: bool,
+    /// Labels that the scope asks about.
+    pub scope_labels: BTreeSet<String>,
+    /// Annotations that the scope asks about.
+    pub scope_annotations: BTreeSet<String>,
 }
 
 /// What is kept of a pod.
@@ -54,6 +61,9 @@ pub(crate) struct Pod {
     pub(super) stated: Vec<(Box<str>, Box<str>)>,
     /// Attributes of labels and annotations that were asked for.
     pub(super) chosen: Vec<(Box<str>, Box<str>)>,
+    /// Labels and annotations that the scope asks about.
+    pub(super) scope_labels: Vec<(Box<str>, Box<str>)>,
+    pub(super) scope_annotations: Vec<(Box<str>, Box<str>)>,
 }
 
 /// What is kept of a container.
@@ -214,7 +224,14 @@ fn pod(metadata: Metadata, wanted: &Wanted) -> Pod {
             .take(MAX_ATTRIBUTES)
             .collect(),
         chosen: all_chosen,
+        scope_labels: asked_for(&wanted.scope_labels, &labels),
+        scope_annotations: asked_for(&wanted.scope_annotations, &annotations),
     }
+}
+
+/// Values by name, of the names that somebody asks about.
+fn asked_for(names: &BTreeSet<String>, from: &BTreeMap<String, String>) -> Vec<(Box<str>, Box<str>)> {
+    names.iter().filter_map(|name| Some((name.as_str().into(), text::value(from.get(name)?)))).collect()
 }
 
 /// What runs a pod, as far as its owner's name tells.
@@ -295,7 +312,8 @@ fn container_id(text: &str) -> Option<Arc<str>> {
 impl Pod {
     /// Bytes that it takes.
     pub(super) fn bytes(&self) -> usize {
-        let pairs = self.stated.iter().chain(&self.chosen).map(|(name, value)| name.len() + value.len() + 32);
+        let pairs = [&self.stated, &self.chosen, &self.scope_labels, &self.scope_annotations];
+        let pairs = pairs.into_iter().flatten().map(|(name, value)| name.len() + value.len() + 32);
         let workload = self.workload.iter().map(|(_, value)| value.len() + 32);
         let texts = [&self.config_hash, &self.service, &self.version];
         size_of::<Self>()
@@ -403,8 +421,7 @@ mod tests {
             "resource.opentelemetry.io/service.name":"shop","resource.opentelemetry.io/":"none",
             "notes/long":"{long}","secret":"s"}}}}}}"#
         );
-        let wanted =
-            Wanted { labels: vec!["te*".into()], annotations: vec!["notes/*".into()], service_from_labels: false };
+        let wanted = Wanted { labels: vec!["te*".into()], annotations: vec!["notes/*".into()], ..Wanted::default() };
         let pod = parse(json.as_bytes(), &wanted).expect("a pod").pod;
         assert_eq!(pod.stated, [("service.name".into(), "shop".into())]);
         assert_eq!(pod.chosen[0], ("k8s.pod.label.team".into(), "a\u{fffd}b".into()));
@@ -416,6 +433,22 @@ mod tests {
         let wanted = Wanted { service_from_labels: true, ..Wanted::default() };
         let pod = parse(json.as_bytes(), &wanted).expect("a pod").pod;
         assert_eq!((pod.service.as_deref(), pod.version.as_deref()), (Some("web"), Some("2")));
+    }
+
+    /// What the scope asks about is kept under its own name, and nothing else.
+    #[test]
+    fn keeps_what_the_scope_asks_about() {
+        let json =
+            r#"{"metadata":{"uid":"u","labels":{"tier":"a\nb","team":"x"},"annotations":{"tier":"c","e/f":""}}}"#;
+        let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+        let wanted = Wanted {
+            scope_labels: names(&["tier", "absent"]),
+            scope_annotations: names(&["e/f", "team"]),
+            ..Wanted::default()
+        };
+        let pod = parse(json.as_bytes(), &wanted).expect("a pod").pod;
+        assert_eq!(pod.scope_labels, [("tier".into(), "a\u{fffd}b".into())]);
+        assert_eq!((pod.scope_annotations, pod.chosen), (vec![("e/f".into(), "".into())], Vec::new()));
     }
 
     /// What is no pod is refused with one line.

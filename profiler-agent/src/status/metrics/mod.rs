@@ -171,6 +171,10 @@ pub(super) fn render(stats: &Stats) -> String {
         "Times that too many perf maps and jitdumps were open to look for another.",
         table.runtime_files_refused,
     );
+    let scope = stats.scope();
+    page.gauge("scope_cgroups", "Cgroups that rules of the scope are about.", scope.cgroups);
+    page.gauge("scope_processes", "Processes that rules of the scope are about.", scope.processes);
+    page.counter("scope_refused", "Times that one of them found no room in the kernel's maps.", scope.refused);
     let cgroups = stats.cgroups();
     page.gauge("cgroups", "Cgroups remembered.", cgroups.known);
     page.gauge("containers", "Containers that they are of.", cgroups.containers);

@@ -1,0 +1,312 @@
+//! Who is recorded: programs that rules are about, beside others that are not.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::sys::signal::Signal;
+use profiler_tests::{
+    Background, Native, agent,
+    cluster::Cluster,
+    cluster::objects,
+    container::{Runc, remove_cgroups},
+    eventually, free_port, http_get, kernel_is_usable, metric, native,
+    recorded::{Frame, Sample, samples},
+    run, scratch, stderr, workload,
+};
+use serde_json::json;
+
+/// A cgroup below the root that nothing else uses, in the hierarchy that the agent follows.
+const ROOT: &str = "profiler-scope";
+const FREQUENCY: u64 = 499;
+
+/// A daemon that writes profiles to a folder.
+struct Daemon {
+    agent: Background,
+    status: u16,
+    profiles: PathBuf,
+}
+
+impl Daemon {
+    fn start(folder: &Path, event: &str, more: &str) -> Self {
+        let (profiles, status) = (folder.join("profiles"), free_port());
+        let config = folder.join("agent.yaml");
+        let text = format!(
+            "sampling: {{frequency: {FREQUENCY}, event: {event}}}\n\
+             export: {{window: 1s, destinations: [], files: {{folder: {}, format: otlp}}}}\n\
+             status: {{listen: '127.0.0.1:{status}'}}\n{more}",
+            profiles.display(),
+        );
+        fs::write(&config, text).expect("a file");
+        let agent = Background::start(Command::new(agent()).args(["run", "--config"]).arg(&config));
+        eventually("the daemon", Duration::from_secs(60), || {
+            http_get(status, "/readyz").filter(|page| page.contains(" 200 "))
+        });
+        Self { agent, status, profiles }
+    }
+
+    fn metric(&self, name: &str) -> f64 {
+        metric(self.status, &format!("profiler_agent_{name}")).expect("a metric")
+    }
+
+    /// Waits until a metric is as expected; returns how long that took.
+    fn wait_for(&self, name: &str, is_as_expected: impl Fn(f64) -> bool) -> Duration {
+        let since = Instant::now();
+        eventually(name, Duration::from_secs(60), || is_as_expected(self.metric(name)).then_some(()));
+        since.elapsed()
+    }
+
+    /// Ends it; every sample that it has written.
+    fn finish(self) -> Vec<Sample> {
+        self.agent.signal(Signal::SIGTERM);
+        let output = self.agent.finish();
+        let said = stderr(&output);
+        assert!(output.status.success(), "{said}");
+        println!("{}", said.lines().filter(|line| line.contains("stopped")).collect::<Vec<_>>().join("\n"));
+        let files = fs::read_dir(&self.profiles).expect("a folder").map(|entry| entry.expect("an entry").path());
+        files.flat_map(|file| samples(&fs::read(file).expect("a profile"))).collect()
+    }
+}
+
+/// What each program was recorded with: samples, and waits.
+fn totals(samples: &[Sample]) -> BTreeMap<&str, [u64; 2]> {
+    let mut totals = BTreeMap::<&str, [u64; 2]>::new();
+    for sample in samples {
+        // What `execve` does until the new program is in place is still the old one's, and may have its name already; a wait
+        // in there of which there is no stack cannot be told from others.
+        let is_exec = |frame: &Arc<Frame>| frame.name.as_deref().is_some_and(|name| name.contains("execve"));
+        let has_stack = sample.frames.len() > 1;
+        if !sample.frames.iter().any(is_exec) && (has_stack || !sample.is_wait) {
+            totals.entry(&sample.process).or_default()[usize::from(sample.is_wait)] += sample.count;
+        }
+    }
+    totals
+}
+
+/// A program under another name.
+fn named(program: &Path, folder: &Path, name: &str) -> PathBuf {
+    let path = folder.join(name);
+    fs::copy(program, &path).expect("a copy");
+    path
+}
+
+/// A cgroup that is removed when the test ends.
+struct Cgroup;
+
+impl Cgroup {
+    /// Makes a cgroup below the root of all.
+    fn make(path: &str) -> PathBuf {
+        let by_controller = Path::new("/sys/fs/cgroup/pids");
+        let mount = if by_controller.is_dir() { by_controller } else { Path::new("/sys/fs/cgroup") };
+        let folder = mount.join(ROOT).join(path);
+        fs::create_dir_all(&folder).expect("a cgroup");
+        folder
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        remove_cgroups(&[ROOT]);
+    }
+}
+
+/// A program that runs in a cgroup from its first instruction on.
+fn run_in(cgroup: &Path, program: &Path, arguments: &str) -> Background {
+    let script = format!("echo $$ >{}; exec {} {arguments}", cgroup.join("cgroup.procs").display(), program.display());
+    Background::start(Command::new("sh").args(["-c", &script]))
+}
+
+/// Whether any process is called so.
+fn runs(name: &str) -> bool {
+    let mut processes = fs::read_dir("/proc").expect("a folder").flatten();
+    processes.any(|entry| fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name))
+}
+
+fn check_excluded(totals: &BTreeMap<&str, [u64; 2]>, names: &[&str]) {
+    for name in names {
+        assert_eq!(totals.get(name), None, "{name} was recorded");
+    }
+}
+
+/// Programs that are excluded by their file, their cgroup or their PID leave no sample and no wait, however short they live
+/// and whenever they and their cgroups were made; the kernel programs say how many times they looked away. Others are
+/// recorded as ever.
+#[test]
+fn what_is_excluded_is_not_looked_at() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let (folder, _cgroup) = (scratch("scope-excluded"), Cgroup);
+    let (burner, waiter) = (workload("burner"), native(Native::Waits));
+    let burner = |name: &str| named(&burner, &folder, name);
+    let (seen, by_pid, by_file, by_cgroup) = (burner("seen"), burner("by-pid"), burner("by-file"), burner("by-cgroup"));
+    let (waits_seen, waits_hidden) = (named(&waiter, &folder, "waits-seen"), named(&waiter, &folder, "by-file-waits"));
+    let child = burner("by-pid-child");
+    // Its child is excluded with it.
+    let script = format!("{} 1 20 & exec {} 1 20", child.display(), by_pid.display());
+    let program = Background::start(Command::new("sh").args(["-c", &script]));
+    thread::sleep(Duration::from_millis(500));
+    let scope = format!(
+        "scope: {{exclude: [{{executables: ['{}/by-file*']}}, {{cgroups: [/{ROOT}/hidden]}}, {{pids: [{}]}}]}}\n",
+        folder.display(),
+        program.pid()
+    );
+    let hidden = Cgroup::make("hidden");
+    let daemon = Daemon::start(&folder, "both", &scope);
+
+    let started = Instant::now();
+    let mut running = vec![
+        Background::start(Command::new(&seen).args(["1", "8"])),
+        Background::start(Command::new(&by_file).args(["1", "8"])),
+        Background::start(Command::new(&waits_seen).arg("8")),
+        Background::start(Command::new(&waits_hidden).arg("8")),
+        run_in(&hidden, &by_cgroup, "1 8"),
+        run_in(&Cgroup::make("shown"), &burner("in-cgroup"), "1 8"),
+    ];
+    // Short ones: new files' names, and cgroups that are there for nobody else.
+    let (short_file, short_cgroup) = (burner("by-file-short"), burner("by-cgroup-short"));
+    for number in 0..30 {
+        running.push(run_in(&Cgroup::make(&format!("hidden/{number}")), &short_cgroup, "1 0.1"));
+        run(Command::new(&short_file).args(["1", "0.1"]));
+    }
+    for program in running {
+        assert!(program.finish().status.success());
+    }
+    let elapsed = started.elapsed();
+    thread::sleep(Duration::from_millis(1500));
+    let [out, undecided, seen] =
+        ["out_of_scope", "undecided", "seen"].map(|name| daemon.metric(&format!("samples_{name}_total")));
+    println!("in {elapsed:?}: {seen} samples seen, {out} out of scope, {undecided} undecided");
+    println!("entries: {} processes, {} cgroups", daemon.metric("scope_processes"), daemon.metric("scope_cgroups"));
+    drop(program);
+    let samples = daemon.finish();
+    let totals = totals(&samples);
+    for (name, [cpu, waits]) in &totals {
+        println!("{name:20} {cpu:6} samples, {waits:12} ns");
+    }
+    check_excluded(
+        &totals,
+        &["by-file", "by-cgroup", "by-file-short", "by-cgroup-short", "by-file-waits", "by-pid", "by-pid-child"],
+    );
+    assert!(totals["seen"][0] > 100 && totals["in-cgroup"][0] > 100 && totals["waits-seen"][1] > 1_000_000_000);
+    // Most of the CPU time was theirs.
+    assert!(out > seen / 4.0);
+    let exported: u64 = samples.iter().filter(|sample| !sample.is_wait).map(|sample| sample.count).sum();
+    assert!(exported as f64 >= seen, "{exported} exported of {seen}");
+}
+
+/// Where anything is included, nothing else is recorded; what is included may be excluded all the same.
+#[test]
+fn nothing_but_what_is_included_is_recorded() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let (folder, _cgroup) = (scratch("scope-included"), Cgroup);
+    let burner = workload("burner");
+    let burner = |name: &str| named(&burner, &folder, name);
+    let programs = ["chosen", "chosen-not", "other"].map(burner);
+    let scope = format!(
+        "scope: {{include: [{{executables: [chosen*]}}, {{cgroups: [/{ROOT}/all]}}], \
+         exclude: [{{executables: [chosen-not]}}, {{executables: [other], cgroups: [/{ROOT}/all/but]}}]}}\n"
+    );
+    let (all, but) = (Cgroup::make("all"), Cgroup::make("all/but"));
+    let daemon = Daemon::start(&folder, "on-cpu", &scope);
+    let mut running: Vec<Background> =
+        programs.iter().map(|program| Background::start(Command::new(program).args(["1", "5"]))).collect();
+    running.push(run_in(&all, &burner("inside"), "1 5"));
+    running.push(run_in(&but, &burner("inside-too"), "1 5"));
+    running.push(run_in(&but, &programs[2], "1 5"));
+    for program in running {
+        assert!(program.finish().status.success());
+    }
+    let samples = daemon.finish();
+    let totals = totals(&samples);
+    println!("{totals:?}");
+    for name in ["chosen", "inside", "inside-too"] {
+        assert!(totals[name][0] > 50, "{name}");
+    }
+    check_excluded(&totals, &["chosen-not", "other"]);
+    // (The shell is in the cgroup for a moment.)
+    let strangers: Vec<_> =
+        totals.keys().filter(|name| !["chosen", "inside", "inside-too", "sh", "dash"].contains(name)).collect();
+    assert!(strangers.is_empty(), "{strangers:?}");
+}
+
+/// Whoever owns a pod takes it out of scope by an annotation, and back in, while it runs.
+#[test]
+fn annotations_are_followed() {
+    const NODE: &str = "here";
+    struct Pods;
+    impl Drop for Pods {
+        fn drop(&mut self) {
+            remove_cgroups(&["kubepods"]);
+        }
+    }
+    if !kernel_is_usable() {
+        return;
+    }
+    let Some(cluster) = Cluster::start("scope") else { return };
+    let (folder, _pods) = (scratch("scope-agent"), Pods);
+    cluster.create(&objects::node(NODE));
+    cluster.create(&objects::namespace("shop"));
+    let rbac = ["namespace.yaml", "serviceaccount.yaml", "rbac.yaml"];
+    for file in rbac.map(|file| profiler_tests::workspace().join("deploy/manifests/base").join(file)) {
+        cluster.apply(&fs::read_to_string(file).expect("a manifest"));
+    }
+    let account = cluster.account("profiler-agent", "profiler-agent");
+    let names = ["quiet", "loud", "private"].map(str::to_owned);
+    let runc = Runc::new("scope-containers", "burner", &names);
+    let pod = |name: &str| objects::pod("shop", name, NODE, &["main"]);
+    let start = |number: u64, pod: serde_json::Value| {
+        let (pod, id) = (cluster.create(&pod), Runc::id(number));
+        let (name, uid) = (pod["metadata"]["name"].as_str().expect("a name"), &pod["metadata"]["uid"]);
+        let path = format!("/kubepods/besteffort/pod{}/{id}", uid.as_str().expect("a UID"));
+        let program = runc.start(&id, &path, &[&format!("/bin/{name}"), "1", "600"]);
+        // One after the other: setting up a container writes into the root that they share.
+        eventually(name, Duration::from_secs(60), || runs(name).then_some(()));
+        cluster.set_pod_status("shop", name, &objects::running(&[("main", &format!("containerd://{id}"))]));
+        program
+    };
+    let more = format!(
+        "kubernetes: {{enabled: true, node: {NODE}, kubeconfig: {}}}\n\
+         scope: {{exclude: [{{pod_labels: {{tier: 'priv*'}}}}]}}\n",
+        account.kubeconfig.display()
+    );
+    let daemon = Daemon::start(&folder, "on-cpu", &more);
+    daemon.wait_for("kubernetes_synced", |synced| synced == 1.0);
+    let mut running = vec![start(0, pod("quiet")), start(1, pod("loud"))];
+    daemon.wait_for("samples_labelled_total{owner=\"pod\"}", |samples| samples > 200.0);
+    assert_eq!(daemon.metric("scope_cgroups"), 0.0);
+
+    let annotate = |value: serde_json::Value| {
+        cluster.change(&pod("quiet"), &json!({"metadata": {"annotations": {"profiler/enabled": value}}}));
+    };
+    annotate(json!("false"));
+    let taken = daemon.wait_for("scope_cgroups", |cgroups| cgroups > 0.0);
+    println!("out of scope {taken:?} after the annotation (counters are read once a second)");
+    let before = daemon.metric("samples_out_of_scope_total");
+    daemon.wait_for("samples_out_of_scope_total", |samples| samples > before + FREQUENCY as f64 / 2.0);
+    annotate(json!(null));
+    let returned = daemon.wait_for("scope_cgroups", |cgroups| cgroups == 0.0);
+    println!("in scope again {returned:?} after it was taken away");
+    // A pod that is private from the beginning was never recorded: its labels are known before it runs.
+    running.push(start(2, objects::labelled(pod("private"), "tier", "private")));
+    thread::sleep(Duration::from_secs(4));
+    println!(
+        "{} out of scope, {} undecided",
+        daemon.metric("samples_out_of_scope_total"),
+        daemon.metric("samples_undecided_total")
+    );
+    drop(running);
+    let samples = daemon.finish();
+    let totals = totals(&samples);
+    println!("{totals:?}");
+    assert!(totals["quiet"][0] > 100 && totals["loud"][0] > totals["quiet"][0]);
+    check_excluded(&totals, &["private"]);
+}
