@@ -184,8 +184,8 @@ impl Pipeline {
                         batches: batch_sender,
                         waiting: VecDeque::new(),
                         stats,
+                        notices_lost: [0; 2],
                         pace: reach_pace,
-                        turn: 0,
                         watch: options.watch.unwrap_or_default(),
                         report_exit: Some(report_exit),
                     };

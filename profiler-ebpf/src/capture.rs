@@ -7,7 +7,7 @@ use aya_ebpf::{
 use profiler_common::{
     abi::{
         process::Comm,
-        sample::{MAX_KERNEL_FRAMES, SampleHeader, StackEnd},
+        sample::{EventKind, MAX_KERNEL_FRAMES, SampleHeader, StackEnd},
     },
     unwind::pt_regs,
 };
@@ -55,7 +55,9 @@ pub fn hash_identity(header: &SampleHeader) -> u64 {
     let hash = mix(header.process.start_time_ns, process);
     let hash = mix(hash, u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
     let hash = mix(hash, u64::from_ne_bytes([i, j, k, l, m, n, o, p]));
-    mix(mix(hash, header.cgroup), u64::from(header.kind) << 8 | u64::from(header.epoch))
+    // What a wait stands for does not depend on when it began.
+    let epoch = if header.kind == EventKind::OnCpu as u8 { header.epoch } else { 0 };
+    mix(mix(hash, header.cgroup), u64::from(header.kind) << 8 | u64::from(epoch))
 }
 
 /// Completes a sample whose frames are all recorded.

@@ -233,26 +233,28 @@ fn a_stopped_agent_rests() {
     assert!(text.contains("stopped by file"), "{text}");
 }
 
-/// Under a load that is as expensive to profile as they come, the budget holds after a few seconds, and what is
-/// exported still adds up to what ran.
-#[test]
-fn the_budget_is_kept() {
-    if !kernel_is_usable() {
-        return;
-    }
-    let _statistics = Statistics::on();
-    let seconds = number_from("PROFILER_BUDGET_SECONDS").unwrap_or(BUDGET_SECONDS);
-    let daemon = Daemon::start("budget-kept", "export: {window: 5s}\n", &["--event", "both"]);
+/// What a run of the storm under a daemon came to, seconds.
+struct Storm {
+    /// Share of the machine that profiling took, in each stretch of five seconds.
+    shares: Vec<f64>,
+    /// CPU time and time off the CPU: as exported, against what it says itself.
+    ran: f64,
+    waited: f64,
+}
+
+/// Runs the storm for a while under a daemon of its own.
+fn storm(test: &str, seconds: u64, more: &[&str]) -> Storm {
+    let daemon = Daemon::start(test, "export: {window: 5s}\n", &[&["--event", "both"], more].concat());
     daemon.wait_until_ready();
     let pid = daemon.process.pid();
     thread::sleep(Duration::from_secs(10));
-    let begun = Instant::now();
     let load = Background::start(Command::new(workload("storm")).arg(seconds.to_string()));
+    let begun = Instant::now();
     let cpus = thread::available_parallelism().map_or(1, usize::from) as f64;
     let mut last = (cpu_seconds(pid), runs_of(pid), Instant::now());
     println!("second  Hz  stacks  followed  agent   programs  of the machine");
     let mut shares = Vec::new();
-    while begun.elapsed().as_secs() < seconds {
+    while begun.elapsed().as_secs() + 5 <= seconds {
         thread::sleep(Duration::from_secs(5));
         let now = (cpu_seconds(pid), runs_of(pid), Instant::now());
         let elapsed = (now.2 - last.2).as_secs_f64();
@@ -274,10 +276,6 @@ fn the_budget_is_kept() {
         last = now;
     }
     let report = stdout(&load.finish());
-    let late = &shares[2..];
-    let mean = late.iter().sum::<f64>() / late.len() as f64;
-    println!("{report}overhead after ten seconds: {:.2} % of the machine", mean * 100.0);
-    assert!(mean <= 0.01, "the budget of 1 % does not hold: {shares:?}");
     let folder = daemon.folder.join("profiles");
     daemon.end();
 
@@ -298,14 +296,41 @@ fn the_budget_is_kept() {
     // Its threads, two for each CPU, either run or wait (the first one waits for all of them).
     let expect_waited = (2.0 * cpus + 1.0) * seconds as f64 * 1e9 - expect_ran;
     println!(
-        "CPU time {:.2} s of {:.2} s, off the CPU {waited:.2} s of {:.2} s",
+        "{test}: {:.0} switches a second; CPU time {:.2} s of {:.2} s, off the CPU {:.2} s of {:.2} s",
+        field("switched") / seconds as f64,
         ran / 1e9,
         expect_ran / 1e9,
+        waited / 1e9,
         expect_waited / 1e9,
-        waited = waited / 1e9,
     );
-    assert!((ran / expect_ran - 1.0).abs() < 0.05, "CPU time: {ran} instead of {expect_ran}");
-    assert!((waited / expect_waited - 1.0).abs() < 0.1, "off the CPU: {waited} instead of {expect_waited}");
+    Storm { shares, ran: ran / expect_ran, waited: waited / expect_waited }
+}
+
+/// Under a load that is as expensive to profile as they come, the budget holds after a few seconds, and what is
+/// exported adds up to what it does without a budget.
+#[test]
+fn the_budget_is_kept() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let _statistics = Statistics::on();
+    let seconds = number_from("PROFILER_BUDGET_SECONDS").unwrap_or(BUDGET_SECONDS);
+    let free = storm("budget-free", BUDGET_SECONDS, &["--budget-cpu", "100%"]);
+    let kept = storm("budget-kept", seconds, &[]);
+    let mean = |shares: &[f64]| shares.iter().sum::<f64>() / shares.len() as f64 * 100.0;
+    println!(
+        "without a budget {:.2} % of the machine; with 1 %, after five seconds, {:.2} %",
+        mean(&free.shares),
+        mean(&kept.shares[1..])
+    );
+    println!(
+        "of the totals without: CPU time {:.4}, off the CPU {:.4}",
+        kept.ran / free.ran,
+        kept.waited / free.waited
+    );
+    assert!(mean(&free.shares) > 1.0, "the load is not expensive enough to tell");
+    assert!(mean(&kept.shares[1..]) <= 1.0, "the budget of 1 % does not hold: {:?}", kept.shares);
+    assert!((kept.ran / free.ran - 1.0).abs() < 0.03 && (kept.waited / free.waited - 1.0).abs() < 0.03);
 }
 
 /// A changed configuration holds within moments, a wrong one is refused with the place, and no sample is lost by either.

@@ -7,12 +7,12 @@ use tokio::{
     sync::{mpsc, oneshot},
     task::{JoinHandle, spawn_blocking},
 };
-use tracing::info;
+use tracing::{debug, info};
 
 use crate::{
     allowance::Allowance,
     config::{Config, Kubernetes, Labels},
-    kernel::{self, Attachments, BufferRows, Clock, Kernel},
+    kernel::{self, Attachments, BufferRows, Clock, Counters, Kernel},
     label::{
         self,
         kubernetes::{self, Pods},
@@ -42,6 +42,7 @@ pub(super) struct Surroundings {
 pub(super) struct Collection {
     pipeline: Pipeline,
     attachments: Attachments,
+    counters: Counters,
 }
 
 impl Collection {
@@ -70,12 +71,12 @@ impl Collection {
             watch_wakeups: false,
         })?;
         stats.keep_kernel_counters();
-        let attachments = kernel.attachments();
+        let (attachments, counters) = (kernel.attachments(), kernel.counters());
         if config.scope.are_strict() {
             kernel.withhold()?;
         }
         kernel.attach_notices()?;
-        kernel.set_pace(pace.frequency, pace.following(0));
+        kernel.set_pace(pace.frequency, pace.following());
         if pace.collects {
             kernel.start()?;
         }
@@ -99,12 +100,20 @@ impl Collection {
             watch: None,
         };
         let pipeline = Pipeline::start(kernel, options, surroundings.profiles.clone(), stats)?;
-        Ok(Self { pipeline, attachments })
+        Ok(Self { pipeline, attachments, counters })
     }
 
     /// Goes on at another pace.
     pub(super) fn set_pace(&self, pace: Pace) {
         self.pipeline.set_pace(pace);
+    }
+
+    /// Looks at the kernel programs' counters, however busy the collector is.
+    pub(super) fn count(&self, stats: &Stats) {
+        match self.counters.read() {
+            Ok(counters) => stats.set_kernel_counters(&counters),
+            Err(error) => debug!("the kernel programs' counters could not be read: {error}"),
+        }
     }
 
     /// Records whom these rules are about, from now on.

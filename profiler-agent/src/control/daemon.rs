@@ -317,6 +317,9 @@ impl Daemon {
     /// Sees to the budget, once a second.
     fn keep_budget(&mut self) {
         self.retry = self.retry.saturating_sub(1);
+        if let State::Running(collection) = &self.state {
+            collection.count(&self.stats);
+        }
         let spent = self.meter.read(&self.stats);
         let memory = memory();
         let cost = self.governor.cost();

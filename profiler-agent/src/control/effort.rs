@@ -13,7 +13,7 @@ pub struct Effort {
     pub frequency: u64,
     /// Stacks of waits per second and CPU; zero: all.
     pub wait_stacks: u32,
-    /// One of 2^this threads is followed as it waits.
+    /// One of 2^this waits is followed, of those that come too often.
     pub wait_share: u32,
     /// Whether source lines and inlined functions are looked for.
     pub detail: bool,
@@ -76,7 +76,7 @@ pub(super) fn describe(effort: &Effort, wanted: &Effort, cost: f64, budget: f64)
         text += &format!(", {} stacks of waits a second", effort.wait_stacks);
     }
     if effort.wait_share != wanted.wait_share {
-        text += &format!(", one of {} threads followed as it waits", 1_u32 << effort.wait_share);
+        text += &format!(", one of {} waits followed where they come too often", 1_u32 << effort.wait_share);
     }
     if effort.detail != wanted.detail {
         text += ", no source lines or inlined functions";

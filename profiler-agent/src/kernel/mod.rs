@@ -9,7 +9,9 @@ mod buffers;
 mod cgroups;
 mod clock;
 mod commands;
+mod counters;
 mod cpus;
+mod error;
 mod free_memory;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
@@ -26,7 +28,7 @@ use std::{io, path::Path, time::Duration};
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    maps::{ArrayOfMaps, HashMap, MapData, MapError, PerCpuArray, ProgramArray},
+    maps::{ArrayOfMaps, HashMap, MapData, MapError, ProgramArray},
     programs::{BtfTracePoint, PerfEvent, ProgramError},
 };
 use aya_log::EbpfLogger;
@@ -36,8 +38,7 @@ use profiler_common::abi::{
     settings::{self, SETTINGS_MAGIC, Settings},
     waits::{ThreadWait, WaitControl},
 };
-use thiserror::Error;
-use tracing::{debug, warn};
+use tracing::warn;
 use zerocopy::IntoBytes as _;
 
 use crate::profile::{Events, WaitDue};
@@ -48,7 +49,9 @@ pub use self::{
     buffers::BufferRows,
     cgroups::CgroupHierarchy,
     clock::{Clock, ClockSource},
+    counters::Counters,
     cpus::online as online_cpus,
+    error::KernelError,
     free_memory::{release_free_memory, share_free_memory},
     layout::{Features, kernel_version},
     namespaces::pid_namespace,
@@ -67,71 +70,6 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PROFILER_EBPF_OBJECT"))
 
 /// Where the kernel keeps its type information.
 pub const DEFAULT_BTF: &str = "/sys/kernel/btf/vmlinux";
-
-/// Why the kernel side could not be set up or read.
-#[derive(Debug, Error)]
-pub enum KernelError {
-    /// No usable type information.
-    #[error(transparent)]
-    Btf(BtfError),
-    /// The kernel's structs are not shaped as expected.
-    #[error("this kernel's {structure} has no member {member}; Linux 5.10 or later is needed")]
-    MissingMember {
-        /// The struct.
-        structure: &'static str,
-        /// The member.
-        member: &'static str,
-    },
-    /// A program was refused.
-    #[error("the kernel refused the program {program}: {}", first_line(.error))]
-    Program {
-        /// Its name in the object.
-        program: &'static str,
-        /// What aya or the kernel said.
-        error: ProgramError,
-    },
-    /// The object could not be loaded.
-    #[error("the kernel programs could not be loaded: {}", first_line(.0))]
-    Load(#[from] aya::EbpfError),
-    /// A map operation failed.
-    #[error("a BPF map operation failed: {0}")]
-    Map(#[from] MapError),
-    /// The object lacks a program or map: a bug in the build.
-    #[error("the embedded kernel programs have no {0}")]
-    MissingPart(&'static str),
-    /// A system call failed.
-    #[error("{what} failed: {error}")]
-    System {
-        /// What was attempted.
-        what: &'static str,
-        /// What the system said.
-        error: io::Error,
-    },
-    /// The sampling event could not be opened.
-    #[error("sampling events cannot be opened on CPU {cpu}: {error}; see `profiler-agent check`")]
-    Clock {
-        /// The CPU.
-        cpu: u32,
-        /// What the system said.
-        error: ProgramError,
-    },
-}
-
-/// A verifier log follows an error's first line; people get the line, the debug log the rest.
-fn first_line(error: &(impl std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text = format!("{text}: {inner_text}");
-        }
-        source = inner.source();
-    }
-    debug!("{text}");
-    let line = text.lines().next().unwrap_or_default();
-    line.split(" Verifier output:").next().unwrap_or(line).trim_end_matches('.').to_owned()
-}
 
 /// What to load, and how.
 #[derive(Clone, Debug)]
@@ -186,7 +124,7 @@ pub struct Kernel {
     small: DoubleBuffer,
     medium: DoubleBuffer,
     large: DoubleBuffer,
-    counters: PerCpuArray<MapData, u64>,
+    counters: Counters,
     targets: HashMap<MapData, u32, u32>,
     targets_only: bool,
     features: Features,
@@ -240,7 +178,7 @@ impl Kernel {
         let small = buffer(&mut ebpf, "SAMPLES_SMALL", size_of::<Sample<SMALL_FRAMES>>(), rows.small)?;
         let medium = buffer(&mut ebpf, "SAMPLES_MEDIUM", size_of::<Sample<MEDIUM_FRAMES>>(), rows.medium)?;
         let large = buffer(&mut ebpf, "SAMPLES_LARGE", size_of::<Sample<LARGE_FRAMES>>(), rows.large)?;
-        let counters = take_map(&mut ebpf, "COUNTERS")?;
+        let counters = Counters::new(take_map(&mut ebpf, "COUNTERS")?);
         let targets = take_map(&mut ebpf, "TARGETS")?;
 
         for (name, event) in [
@@ -280,7 +218,7 @@ impl Kernel {
             attachments,
             clock,
             waits,
-            following: Following { stacks_per_second: options.waits.stacks_per_second, share: 0, turn: 0 },
+            following: Following { stacks_per_second: options.waits.stacks_per_second, share: 0 },
             control,
             epoch: 0,
             waits_refused,
@@ -335,7 +273,7 @@ impl Kernel {
 
     /// Starts the clock on CPUs that came online and forgets those that went.
     pub fn follow_hotplug(&mut self) -> Result<(), KernelError> {
-        let fired = self.counters.get(&(Counter::Fired as u32), 0)?.to_vec();
+        let fired = self.counters.by_cpu(Counter::Fired)?;
         self.clock.as_mut().map_or(Ok(()), |clock| clock.follow_hotplug(&mut self.ebpf, fired))
     }
 
@@ -355,6 +293,16 @@ impl Kernel {
         }
         self.following = following;
         self.epoch = self.epoch.wrapping_add(1);
+    }
+
+    /// The same for programs that run, and go on: a new epoch begins now. Waits are followed all the while, since it may
+    /// take seconds to attach a program to a busy event again.
+    pub fn change_pace(&mut self, frequency: u64, following: Following) -> Result<(), KernelError> {
+        self.set_pace(frequency, following);
+        self.control.change(following, self.epoch)?;
+        let Some(clock) = &mut self.clock else { return Ok(()) };
+        clock.stop();
+        clock.start(&mut self.ebpf)
     }
 
     /// What can detach the programs at any time.
@@ -448,9 +396,9 @@ impl Kernel {
         Ok(())
     }
 
-    /// Sums every counter over all CPUs, in the order of [`Counter::ALL`].
-    pub fn counters(&self) -> Result<Vec<u64>, KernelError> {
-        Counter::ALL.iter().map(|&counter| Ok(self.counters.get(&(counter as u32), 0)?.iter().sum())).collect()
+    /// What the programs count.
+    pub fn counters(&self) -> Counters {
+        self.counters.clone()
     }
 
     /// Makes a process part of the recording, with `abi::settings::target` flags.

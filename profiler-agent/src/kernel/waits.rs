@@ -56,10 +56,8 @@ pub struct WaitTotals {
 pub struct Following {
     /// Stacks that each CPU may take per second; zero: every wait's.
     pub stacks_per_second: u32,
-    /// One of 2^this threads is followed.
+    /// One of 2^this waits is followed, of those that come too often.
     pub share: u32,
-    /// Which one: any number; each thread has its turn among 2^`share` in a row.
-    pub turn: u32,
 }
 
 /// What was under way when waits were followed in another way, or no more.
@@ -78,11 +76,6 @@ pub(super) struct WaitPrograms {
     /// The one that must be attached first comes first.
     programs: Vec<&'static str>,
     attachments: Attachments,
-    /// What was waited before the last start, with what the threads that were not followed waited.
-    before: WaitTotals,
-    /// What the programs' own totals were then.
-    at_start: WaitTotals,
-    share: u32,
     threads: Shared<ThreadWait>,
     more_threads: MapData,
     rations: PerCpuArray<MapData, RationCell>,
@@ -112,6 +105,13 @@ pub(super) struct Control(Array<MapData, ControlCell>);
 impl Control {
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
         Ok(Self(take_map(ebpf, "WAIT_CONTROL")?))
+    }
+
+    /// Goes on as before, but for how waits are followed.
+    pub(super) fn change(&mut self, following: Following, epoch: u32) -> Result<(), KernelError> {
+        let ControlCell(before) = self.0.get(&0, 0)?;
+        let (stacks_per_second, share) = (following.stacks_per_second, following.share.min(MAX_SHARE));
+        self.set(WaitControl { stacks_per_second, share, epoch, ..before })
     }
 
     pub(super) fn set(&mut self, control: WaitControl) -> Result<(), KernelError> {
@@ -160,9 +160,6 @@ impl WaitPrograms {
         Ok(Self {
             programs,
             attachments,
-            before: WaitTotals::default(),
-            at_start: WaitTotals::default(),
-            share: 0,
             threads,
             more_threads,
             rations: take_map(ebpf, "RATIONS")?,
@@ -181,16 +178,13 @@ impl WaitPrograms {
         control: &mut Control,
     ) -> Result<(), KernelError> {
         self.forget_threads()?;
-        self.before = self.totals()?;
-        self.at_start = self.counted()?;
-        self.share = following.share.min(MAX_SHARE);
         control.set(WaitControl {
             since_ns: monotonic_ns(),
             is_incomplete: 0,
             stacks_per_second: following.stacks_per_second,
-            share: self.share,
-            turn: following.turn & ((1 << self.share) - 1),
+            share: following.share.min(MAX_SHARE),
             epoch,
+            reserved: 0,
         })?;
         self.programs.iter().try_for_each(|name| self.attachments.add_event(ebpf, name))
     }
@@ -248,20 +242,8 @@ impl WaitPrograms {
         self.sites.take_dues(monotonic_ns().saturating_sub(idle), due);
     }
 
-    /// What has been waited: where a share of the threads is followed, an estimate.
+    /// What has been waited.
     pub(super) fn totals(&self) -> Result<WaitTotals, KernelError> {
-        let counted = self.counted()?;
-        let since = |now: u64, then: u64| now.saturating_sub(then).saturating_mul(1 << self.share);
-        let mut totals = self.before;
-        totals.ended = totals.ended.saturating_add(since(counted.ended, self.at_start.ended));
-        for (kind, sum) in totals.waited_ns.iter_mut().enumerate() {
-            *sum = sum.saturating_add(since(counted.waited_ns[kind], self.at_start.waited_ns[kind]));
-        }
-        Ok(totals)
-    }
-
-    /// What threads that were followed have waited.
-    fn counted(&self) -> Result<WaitTotals, KernelError> {
         let mut totals = WaitTotals::default();
         for RationCell(ration) in self.rations.get(&0, 0)?.iter() {
             totals.ended = totals.ended.saturating_add(ration.ended);

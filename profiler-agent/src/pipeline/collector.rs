@@ -36,7 +36,7 @@ use crate::{
 
 /// Time between two looks at processes that are about to name the code they make.
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
-/// Time between two looks at the kernel programs' counters, which tell what they cost.
+/// Time between two looks at the kernel programs' counters.
 const COUNT_INTERVAL: Duration = Duration::from_secs(1);
 /// Time between two looks at whether pods have changed that the scope asks about.
 const FOLLOW_PODS: Duration = Duration::from_millis(500);
@@ -83,10 +83,10 @@ pub(super) struct Collector {
     /// Batches that found the queue full. Nothing is drained while they wait, unless the pace changes.
     pub(super) waiting: VecDeque<Batch>,
     pub(super) stats: Arc<Stats>,
+    /// Notices of cgroups and of processes that were lost, as of the last look.
+    pub(super) notices_lost: [u64; 2],
     /// How it collects, which others may ask for.
     pub(super) pace: watch::Sender<Pace>,
-    /// Which threads are followed as they wait, where not all of them are.
-    pub(super) turn: u32,
     pub(super) watch: Vec<u32>,
     pub(super) report_exit: Option<oneshot::Sender<()>>,
 }
@@ -132,7 +132,7 @@ impl Collector {
             Ok(unfinished) => (unfinished, Ok(())),
             Err(error) => (Unfinished::default(), Err(error)),
         };
-        let drained = self.drain_epoch(sources.overflow.get_mut(), &unfinished, None);
+        let drained = self.drain_epoch(sources.overflow.get_mut(), Some(&unfinished), None);
         self.deliver_waiting();
         outcome.and(stopped).and(drained)
     }
@@ -200,13 +200,7 @@ impl Collector {
                     self.learn(sources);
                     let lost = sources.side_band.as_ref().map_or(0, |side_band| side_band.get_ref().lost());
                     self.stats.set_mappings_lost(lost);
-                    if closes_window && self.takes_turns() {
-                        // The next threads have their turn.
-                        wanted.get_or_insert_with(|| self.pace.borrow().clone());
-                        self.reach_pace(sources.overflow.get_mut(), &mut wanted)?;
-                    } else {
-                        self.drain(sources.overflow.get_mut(), closes_window)?;
-                    }
+                    self.drain(sources.overflow.get_mut(), closes_window)?;
                 }
                 () = flush_log(&mut sources.log) => {}
                 _ = looks.tick(), if self.table.is_expecting() => self.table.look_again(),
@@ -283,21 +277,24 @@ impl Collector {
     fn reach_pace(&mut self, overflow: &mut Ring, wanted: &mut Option<Pace>) -> Result<bool, KernelError> {
         self.offer_waiting();
         let Some(pace) = wanted.take_if(|_| self.waiting.len() < 2) else { return Ok(false) };
-        // Nothing is sampled for as long as this takes: the buffers are read afterwards.
-        let unfinished = self.kernel.stop()?;
-        self.turn = self.turn.wrapping_add(1);
-        self.kernel.set_pace(pace.frequency, pace.following(self.turn));
-        if pace.collects {
-            self.kernel.start()?;
-        }
-        self.drain_epoch(overflow, &unfinished, Some(pace))?;
+        let collected = self.pace.borrow().collects;
+        let unfinished = match (collected, pace.collects) {
+            (true, true) => {
+                self.kernel.change_pace(pace.frequency, pace.following())?;
+                None
+            }
+            (_, collects) => {
+                let unfinished = if collected { Some(self.kernel.stop()?) } else { None };
+                self.kernel.set_pace(pace.frequency, pace.following());
+                if collects {
+                    self.kernel.start()?;
+                }
+                unfinished
+            }
+        };
+        // The buffers are read afterwards, since that may take long.
+        self.drain_epoch(overflow, unfinished.as_ref(), Some(pace))?;
         Ok(true)
-    }
-
-    /// Whether threads are followed by turns.
-    fn takes_turns(&self) -> bool {
-        let pace = self.pace.borrow();
-        pace.wait_share > 0 && pace.collects
     }
 
     /// Reads the sample buffers and hands the samples on.
@@ -316,28 +313,35 @@ impl Collector {
         drained.and(settled)
     }
 
-    /// Reads the sample buffers at the end of an epoch, in which waits had begun that go on, and hands on what is of it, and
-    /// then what is of the next one already, if there is one.
+    /// Reads the sample buffers at the end of an epoch, and hands on what is of it, and then what is of the next one already,
+    /// if there is one. `unfinished`: the waits that are under way, if they are not followed any more.
     fn drain_epoch(
         &mut self,
         overflow: &mut Ring,
-        unfinished: &Unfinished,
+        unfinished: Option<&Unfinished>,
         next: Option<Pace>,
     ) -> Result<(), KernelError> {
         let mut ended = Epoch { samples: Vec::new(), waits: self.waits.take() };
-        let mut now = Epoch { samples: Vec::new(), waits: ended.waits.as_ref().map(WaitBook::successor) };
+        let mut now = Epoch { samples: Vec::new(), waits: None };
         let drained = self.read_rows(overflow, &mut ended, next.is_some().then_some(&mut now));
-        self.end_waits(&mut ended, unfinished)?;
-        self.hand_on(ended, true, next.clone());
-        let Some(next) = next else {
-            self.end_drain()?;
-            return drained;
+        let successor = match unfinished {
+            Some(unfinished) => {
+                self.end_waits(&mut ended, unfinished)?;
+                ended.waits.as_ref().map(WaitBook::successor)
+            }
+            None => {
+                self.settle_waits(&mut ended)?;
+                ended.waits.take()
+            }
         };
-        self.pace.send_replace(next);
-        let settled = self.settle_waits(&mut now);
-        self.hand_on(now, false, None);
+        self.hand_on(ended, true, next.clone());
+        now.waits = successor;
+        if let Some(next) = next {
+            self.pace.send_replace(next);
+            self.hand_on(now, false, None);
+        }
         self.end_drain()?;
-        drained.and(settled)
+        drained
     }
 
     /// Reads the sample buffers. `now`: where rows of the epoch go that has just begun.
@@ -362,7 +366,7 @@ impl Collector {
                 }
             };
             let epoch = match &mut now {
-                Some(now) if sample.epoch == current => &mut **now,
+                Some(now) if sample.epoch == current && !sample.kind.is_off_cpu() => &mut **now,
                 _ => &mut *before,
             };
             if sample.kind.is_off_cpu() {
@@ -409,13 +413,14 @@ impl Collector {
 
     /// Reads the kernel programs' counters.
     fn count(&mut self) -> Result<(), KernelError> {
+        self.stats.set_kernel_counters(&self.kernel.counters().read()?);
         let lost = [Counter::CgroupNoticesLost, Counter::NoticesLost].map(|counter| self.stats.kernel(counter));
-        self.stats.set_kernel_counters(&self.kernel.counters()?);
-        if self.stats.kernel(Counter::CgroupNoticesLost) != lost[0] {
+        let before = std::mem::replace(&mut self.notices_lost, lost);
+        if lost[0] != before[0] {
             self.cgroups.scan();
             self.scope.look_at_cgroups(self.cgroups.iter());
         }
-        if self.stats.kernel(Counter::NoticesLost) != lost[1] {
+        if lost[1] != before[1] {
             self.scope.look_at_processes();
         }
         Ok(())
@@ -458,7 +463,7 @@ impl Collector {
     }
 
     fn add_waits(&self, epoch: &mut Epoch, mut settled: Vec<LocatedSample>) -> Result<(), KernelError> {
-        let scale = self.pace.borrow().wait_scale();
+        let scale = self.pace.borrow().scale;
         for sample in &mut settled {
             sample.scale(scale);
             self.stats.count_wait_end(sample.end, sample.time_ns);

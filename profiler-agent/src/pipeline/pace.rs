@@ -13,9 +13,9 @@ pub struct Pace {
     pub frequency: u64,
     /// Stacks of waits that each CPU may take per second; zero: every wait's.
     pub wait_stacks: u32,
-    /// One of 2^this threads is followed as it waits, each in its turn.
+    /// One of 2^this waits is followed, of those that come too often.
     pub wait_share: u32,
-    /// What is seen stands for so many times as much, beside the share of threads: the schedule collects a part of the time.
+    /// What is seen stands for so many times as much: the schedule collects a part of the time.
     pub scale: f64,
     /// Whether source lines and inlined functions are looked for, where they are asked for.
     pub detail: bool,
@@ -32,13 +32,8 @@ impl Pace {
         Duration::try_from_secs_f64(period.as_secs_f64() * self.scale).unwrap_or(period)
     }
 
-    /// How many times as long as they were seen to be waits are.
-    pub(super) fn wait_scale(&self) -> f64 {
-        f64::from(1_u32 << self.wait_share.min(31)) * self.scale
-    }
-
-    /// How waits are followed, at a turn.
-    pub fn following(&self, turn: u32) -> Following {
-        Following { stacks_per_second: self.wait_stacks, share: self.wait_share, turn }
+    /// How waits are followed.
+    pub fn following(&self) -> Following {
+        Following { stacks_per_second: self.wait_stacks, share: self.wait_share }
     }
 }

@@ -15,8 +15,11 @@ pub const SITES: usize = 16_384;
 
 /// One of so many switches is timed.
 pub const TIMED_SWITCHES: u64 = 64;
-/// Most that [`WaitControl::share`] may be: one of 1,024 threads.
+/// Most that [`WaitControl::share`] may be: one of 1,024 waits.
 pub const MAX_SHARE: u32 = 10;
+/// Waits of a thread in each unit of [`USED_SHIFT`] that are followed whatever [`WaitControl::share`] says: who waits
+/// seldom costs little, and usually for long.
+pub const FIRST_WAITS: u8 = 32;
 
 /// A thread's last wait. As large as a cache line, because several CPUs may use neighbouring slots.
 #[repr(C)]
@@ -37,8 +40,10 @@ pub struct ThreadWait {
     pub kind: u8,
     /// A `StackEnd`: without a stack, the reason to charge its time to; zero: others stand for it.
     pub unsampled: u8,
-    /// Zero.
-    pub reserved: [u8; 2],
+    /// This wait stands for 2^this.
+    pub thinned: u8,
+    /// Waits that were followed in the unit of [`Self::used`], up to [`FIRST_WAITS`].
+    pub begun: u8,
     /// The thread; zero: the slot is free.
     pub thread: u32,
     /// [`WaitSite::expected_ns`] of the place, which only learns of it when the thread turns to another, or in another
@@ -139,25 +144,14 @@ pub struct WaitControl {
     pub is_incomplete: u64,
     /// Stacks that each CPU may take per second; zero: as many as there are.
     pub stacks_per_second: u32,
-    /// One of 2^this threads is followed; [`MAX_SHARE`] at most.
+    /// Where a thread has begun [`FIRST_WAITS`] in a unit of [`USED_SHIFT`], one of 2^this waits is followed and stands for
+    /// as many; [`MAX_SHARE`] at most.
     pub share: u32,
-    /// Which one: less than 2^share.
-    pub turn: u32,
     /// Changes whenever anything here does, or the rate of the sampling clock: rows say at which one they were made. (Eight
     /// bits of it.)
     pub epoch: u32,
-}
-
-impl WaitControl {
-    /// Whether a thread is one of those that are followed. IDs in a row take turns (multiplicative hashing by the golden
-    /// ratio: Knuth, The Art of Computer Programming, 6.4), so that each turn has as many of them as any other.
-    #[inline(always)]
-    #[must_use]
-    pub const fn follows(&self, thread: u32) -> bool {
-        let hash = thread.wrapping_mul(0x9e37_79b1);
-        // (Two shifts, since one by 32 is none.)
-        (hash >> 1) >> (31 - (self.share & 31)) == self.turn
-    }
+    /// Zero.
+    pub reserved: u32,
 }
 
 const _: () = {

@@ -18,7 +18,7 @@ use aya_ebpf::{
 use profiler_common::abi::{
     counter::Counter,
     sample::{EventKind, SampleKey, StackEnd},
-    waits::{Ration, ThreadWait},
+    waits::{Ration, ThreadWait, WaitControl},
 };
 
 use crate::{
@@ -48,18 +48,10 @@ pub fn switch(ctx: &BtfTracePointContext, walk: impl Fn(&BtfTracePointContext, &
     // only changes while no program runs.
     let (ration, control) = unsafe { (&mut *ration, &*control) };
     let began = cost::begin_switch(ration);
-    let (left, came) = (member(ctx.arg(1), loaded!(LAYOUT.task_pid)), member(ctx.arg(2), loaded!(LAYOUT.task_pid)));
-    let (follows_left, follows_came) = (control.follows(left), control.follows(came));
-    if follows_left || follows_came {
-        threads::touch(left);
-        let now = queue::now(ration, ctx.arg(2));
-        if follows_came {
-            arrive(ctx.arg(2), now, control.since_ns, ration);
-        }
-        if follows_left {
-            leave(ctx, now.monotonic_ns, ration, control.stacks_per_second, walk);
-        }
-    }
+    threads::touch(member(ctx.arg(1), loaded!(LAYOUT.task_pid)));
+    let now = queue::now(ration, ctx.arg(2));
+    arrive(ctx.arg(2), now, control.since_ns, ration);
+    leave(ctx, now.monotonic_ns, ration, control, walk);
     cost::end_switch(began);
 }
 
@@ -68,11 +60,6 @@ pub fn switch(ctx: &BtfTracePointContext, walk: impl Fn(&BtfTracePointContext, &
 pub fn wake(ctx: &BtfTracePointContext) {
     let task: u64 = ctx.arg(0);
     let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
-    let Some(control) = WAIT_CONTROL.get_ptr(0) else { return };
-    // SAFETY: as in `switch`.
-    if !unsafe { &*control }.follows(thread) {
-        return;
-    }
     let Some(wait) = threads::find(thread) else { return };
     if wait.began_ns != 0 && wait.ready_ns == 0 && wait.kind != EventKind::RunQueue as u8 {
         // SAFETY: the helper has no arguments.
@@ -94,27 +81,25 @@ pub fn walk_on(ctx: &BtfTracePointContext) {
 #[inline(always)]
 fn arrive(task: u64, at: queue::Now, since: u64, ration: &mut Ration) {
     let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
-    if thread == 0 {
+    let known = threads::find(thread);
+    if thread == 0 || known.as_ref().is_some_and(|wait| wait.began_ns == 0) {
         return;
     }
     if scope::of(task, tgid(task)) != scope::IN_SCOPE {
         // It may have been in scope when it left its CPU.
         if scope::has_gaps()
-            && let Some(wait) = threads::find(thread)
+            && let Some(wait) = known
         {
             wait.began_ns = 0;
         }
         return;
     }
-    let Some(wait) = threads::find(thread) else {
+    let Some(wait) = known else {
         ration.ended += 1;
         return arrive_unknown(task, thread, at.monotonic_ns);
     };
     let now = at.monotonic_ns;
     let began = wait.began_ns;
-    if began == 0 {
-        return;
-    }
     wait.began_ns = 0;
     // (What began before has been charged already. Slots are emptied then, but a program may just have been at it.)
     let total = now.saturating_sub(if began < since { since } else { began });
@@ -127,8 +112,11 @@ fn arrive(task: u64, at: queue::Now, since: u64, ration: &mut Ration) {
     } else {
         0
     };
-    let blocked = total.saturating_sub(queued);
-    ration::note_duration(ration, wait.kind, blocked, queued);
+    // (More than any shift is never set, which the verifier does not know.)
+    let thinned = wait.thinned & 15;
+    let (blocked_once, queued_once) = (total.saturating_sub(queued), queued);
+    let (blocked, queued) = (blocked_once << thinned, queued_once << thinned);
+    ration::note_duration(ration, wait.kind, total, thinned, blocked, queued);
     sites::learn(wait, total);
     let is_short = total < loaded!(SETTINGS.min_wait_ns);
     if is_short {
@@ -147,7 +135,7 @@ fn arrive(task: u64, at: queue::Now, since: u64, ration: &mut Ration) {
         return;
     }
     let weight = u64::from(wait.weight);
-    let (mut blocked_ns, mut queued_ns) = (blocked * weight, queued * weight);
+    let (mut blocked_ns, mut queued_ns) = (blocked_once * weight, queued_once * weight);
     if let Some(site) = sites::settle(task, wait) {
         site.key = wait.key;
         blocked_ns = sites::balance(&mut site.blocked, blocked, blocked_ns);
@@ -247,7 +235,7 @@ fn leave(
     ctx: &BtfTracePointContext,
     now: u64,
     ration: &mut Ration,
-    stacks_per_second: u32,
+    control: &WaitControl,
     walk: impl Fn(&BtfTracePointContext, &mut Scratch),
 ) {
     let task: u64 = ctx.arg(1);
@@ -269,6 +257,7 @@ fn leave(
         }
         return;
     }
+    let Some(thinned) = ration::thin(ration, threads::find(thread), control.share, now) else { return };
     if scope::of(task, tgid) != scope::IN_SCOPE {
         return;
     }
@@ -287,9 +276,10 @@ fn leave(
     wait.kind = kind as u8;
     wait.weight = 0;
     wait.unsampled = 0;
-    match ration::choose(ration, u64::from(stacks_per_second), wait, now) {
+    wait.thinned = thinned;
+    match ration::choose(ration, u64::from(control.stacks_per_second), wait, now) {
         ration::Choice::Stack(weight) => {
-            wait.weight = weight;
+            wait.weight = weight << (thinned & 15);
             count(Counter::WaitsSampled);
             take_stack(ctx, task, tgid, kind, walk);
         }

@@ -2,7 +2,7 @@
 
 use profiler_common::abi::{
     sample::EventKind,
-    waits::{Ration, ThreadWait},
+    waits::{FIRST_WAITS, Ration, ThreadWait, USED_SHIFT},
 };
 
 /// Time between two looks at the ration: about 16 ms, in nanoseconds.
@@ -108,13 +108,32 @@ fn random(ration: &mut Ration, now: u64) -> u64 {
     state >> 32
 }
 
-/// Lets this CPU's totals and expectation learn from a wait that ended.
+/// Whether a wait that begins is followed, and how many it stands for then, as a power of two: where they are thinned out,
+/// `1 << share` of those that come too often.
 #[inline(always)]
-pub fn note_duration(ration: &mut Ration, kind: u8, blocked: u64, queued: u64) {
-    ration.ended += 1;
+pub fn thin(ration: &mut Ration, wait: Option<&mut ThreadWait>, share: u32, now: u64) -> Option<u8> {
+    if share == 0 {
+        return Some(0);
+    }
+    let Some(wait) = wait else { return Some(0) };
+    if wait.used != (now >> USED_SHIFT) as u32 {
+        wait.begun = 0;
+    }
+    if wait.begun < FIRST_WAITS {
+        wait.begun += 1;
+        return Some(0);
+    }
+    let share = share & 15;
+    if random(ration, now) & ((1 << share) - 1) == 0 { Some(share as u8) } else { None }
+}
+
+/// Lets this CPU's totals and expectation learn from a wait that ended: it took `total`, and what it stands for was so
+/// long blocked and queued.
+#[inline(always)]
+pub fn note_duration(ration: &mut Ration, kind: u8, total: u64, thinned: u8, blocked: u64, queued: u64) {
+    ration.ended += 1 << thinned;
     ration.waited_ns[usize::from(kind & 7)] += blocked;
     ration.waited_ns[EventKind::RunQueue as usize] += queued;
-    let total = blocked + queued;
     // A second is as good as forever.
     let bounded = if total > STACK { STACK } else { total };
     ration.typical_ns = ration.typical_ns - ration.typical_ns / 64 + bounded / 64;

@@ -114,13 +114,17 @@ pub fn learn(wait: &mut ThreadWait, total: u64) {
 /// Notes time that no sample was charged with. False: the place is gone.
 #[inline(always)]
 pub fn owe(wait: &mut ThreadWait, blocked: u64, queued: u64) -> bool {
-    // What is owed is settled in each unit of `used`, so that two of these are the most there can be.
-    if blocked + queued < 1 << USED_SHIFT {
-        wait.blocked_owed_ns = wait.blocked_owed_ns.wrapping_add(blocked as u32);
-        wait.queued_owed_ns = wait.queued_owed_ns.wrapping_add(queued as u32);
+    let blocked = u64::from(wait.blocked_owed_ns) + blocked;
+    let queued = u64::from(wait.queued_owed_ns) + queued;
+    // (Waits may stand for many, and for longer than they could last.)
+    if blocked <= LONGEST && queued <= LONGEST {
+        wait.blocked_owed_ns = blocked as u32;
+        wait.queued_owed_ns = queued as u32;
         return true;
     }
     let Some(site) = of(wait.site) else { return false };
+    wait.blocked_owed_ns = 0;
+    wait.queued_owed_ns = 0;
     add(&mut site.blocked, blocked);
     add(&mut site.queued, queued);
     true

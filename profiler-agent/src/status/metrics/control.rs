@@ -32,7 +32,7 @@ pub(super) fn render(page: &mut Page, stats: &Stats) {
         );
         page.gauge(
             "waits_followed_ratio",
-            "Share of the threads that are followed as they wait, each in its turn.",
+            "Share of waits that are followed, of those that come too often.",
             1.0 / f64::from(1_u32 << effort.wait_share.min(31)),
         );
         page.gauge("names_budget_bytes", "Memory for names that the budget allows.", effort.names_bytes);
