@@ -11,7 +11,7 @@ use std::{
 use nix::sys::signal::Signal;
 use profiler_tests::{
     Background, agent, ask_within, eventually, free_port, http_get, kernel_is_usable, metric,
-    programs::{Statistics, runs_of},
+    programs::{Statistics, clock_ns, runs_of},
     recorded, run, scratch, stderr, stdout,
     stopped::Stopped,
     workload,
@@ -251,6 +251,8 @@ fn storm(test: &str, seconds: u64, more: &[&str]) -> Storm {
     let load = Background::start(Command::new(workload("storm")).arg(seconds.to_string()));
     let begun = Instant::now();
     let cpus = thread::available_parallelism().map_or(1, usize::from) as f64;
+    let clock_ns = clock_ns();
+    println!("{test}: a look at the clock takes {clock_ns:.0} ns");
     let mut last = (cpu_seconds(pid), runs_of(pid), Instant::now());
     println!("second  Hz  stacks  followed  agent   programs  of the machine");
     let mut shares = Vec::new();
@@ -259,7 +261,9 @@ fn storm(test: &str, seconds: u64, more: &[&str]) -> Storm {
         let now = (cpu_seconds(pid), runs_of(pid), Instant::now());
         let elapsed = (now.2 - last.2).as_secs_f64();
         let agent = (now.0 - last.0) / elapsed;
-        let programs = now.1.time_ns.saturating_sub(last.1.time_ns) as f64 / 1e9 / elapsed;
+        // (The books themselves are none of the agent's doing.)
+        let books = (now.1.count - last.1.count) as f64 * clock_ns;
+        let programs = ((now.1.time_ns - last.1.time_ns) as f64 - books).max(0.0) / 1e9 / elapsed;
         let share = (agent + programs) / cpus;
         let gauge = |name: &str| metric(daemon.status, &format!("profiler_agent_{name}")).unwrap_or(f64::NAN);
         println!(
