@@ -14,6 +14,7 @@
 //! the queue of profiles is closed behind the last one.
 
 mod collector;
+mod epoch;
 mod pace;
 
 use std::{

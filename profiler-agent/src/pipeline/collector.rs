@@ -2,7 +2,7 @@
 //! recorded into batches of located samples.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     path::Path,
     sync::{
         Arc,
@@ -11,10 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use profiler_common::abi::{
-    counter::Counter,
-    sample::{EventKind, StackEnd},
-};
+use profiler_common::abi::counter::Counter;
 use tokio::{
     io::unix::AsyncFd,
     sync::{oneshot, watch},
@@ -22,12 +19,12 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Batch, DRAIN_INTERVAL, Pace};
+use super::{Batch, DRAIN_INTERVAL, Pace, epoch::Epoch};
 use crate::{
     cgroups::Cgroups,
     kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand, Unfinished, scope::KernelScope},
     process::{ProcessTable, Published},
-    profile::{KernelChanges, LocatedSample, RawSample, Tally},
+    profile::{KernelChanges, LocatedSample},
     scope::{Rules, Scope},
     status::Stats,
     unwind_info::TableBuilder,
@@ -40,8 +37,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(300);
 const COUNT_INTERVAL: Duration = Duration::from_secs(1);
 /// Time between two looks at whether pods have changed that the scope asks about.
 const FOLLOW_PODS: Duration = Duration::from_millis(500);
-/// A place of waits that was not used for so long makes room for others.
-const SITE_IDLE: Duration = Duration::from_secs(10);
 
 /// What the collector waits for.
 struct Sources {
@@ -52,13 +47,6 @@ struct Sources {
     side_band: Option<AsyncFd<SideBand>>,
     overflow: AsyncFd<Ring>,
     log: Option<AsyncFd<DebugLog>>,
-}
-
-/// What a drain finds of the time between two changes of pace.
-struct Epoch {
-    samples: Vec<LocatedSample>,
-    /// What joins waits with their stacks.
-    waits: Option<WaitBook>,
 }
 
 /// What the collector is told while it runs.
@@ -344,44 +332,6 @@ impl Collector {
         drained
     }
 
-    /// Reads the sample buffers. `now`: where rows of the epoch go that has just begun.
-    fn read_rows(
-        &mut self,
-        overflow: &mut Ring,
-        before: &mut Epoch,
-        mut now: Option<&mut Epoch>,
-    ) -> Result<(), KernelError> {
-        let (table, cgroups, stats) = (&mut self.table, &mut self.cgroups, &self.stats);
-        let current = self.kernel.epoch();
-        let mut locate = |sample: RawSample| {
-            let cgroup = cgroups.get(sample.cgroup);
-            table.locate(sample, cgroup)
-        };
-        self.kernel.drain(overflow, |row| {
-            let sample = match RawSample::decode(row) {
-                Ok(sample) => sample,
-                Err(error) => {
-                    stats.dropped_malformed.add(Tally { samples: RawSample::count_of(row), off_cpu_ns: 0 });
-                    return warn!("{error}");
-                }
-            };
-            let epoch = match &mut now {
-                Some(now) if sample.epoch == current && !sample.kind.is_off_cpu() => &mut **now,
-                _ => &mut *before,
-            };
-            if sample.kind.is_off_cpu() {
-                let Some(waits) = &mut epoch.waits else { return };
-                let (key, count, waited, is_reference) = (sample.key, sample.count, sample.waited, sample.is_reference);
-                waits.add(key, count, waited, is_reference, locate(sample));
-            } else {
-                stats.samples_drained.add(sample.count);
-                stats.rows_drained.add(1);
-                stats.count_end(sample.end, sample.count);
-                epoch.samples.push(locate(sample));
-            }
-        })
-    }
-
     /// Passes samples to the namer, and keeps the waits that are under way.
     fn hand_on(&mut self, epoch: Epoch, closes_window: bool, next: Option<Pace>) {
         self.waits = epoch.waits;
@@ -423,54 +373,6 @@ impl Collector {
         if lost[1] != before[1] {
             self.scope.look_at_processes();
         }
-        Ok(())
-    }
-
-    /// Adds what waits have cost since the last drain.
-    fn settle_waits(&mut self, epoch: &mut Epoch) -> Result<(), KernelError> {
-        let Some(waits) = &mut epoch.waits else { return Ok(()) };
-        let mut threads = HashMap::new();
-        self.kernel.take_wait_dues(SITE_IDLE, |due| {
-            waits.add_due(&due, || self.table.without_stack(due.key.tgid, EventKind::Blocked, StackEnd::Rationed));
-        });
-        let now = self.kernel.waiting_threads(|thread, wait| {
-            threads.insert(thread, wait);
-        });
-        if self.scope.is_limited() {
-            // What is out of scope now is not charged any more, however long it has been waiting.
-            threads.retain(|_, wait| {
-                let process = waits.process(&wait.key);
-                process.is_none_or(|process| {
-                    self.scope.includes(process.key.tgid, process.cgroup.as_ref().map(|cgroup| cgroup.id))
-                })
-            });
-        }
-        // Where the threads could not be read, what has ended is still handed on.
-        let now_ns = now.as_ref().map_or(0, |now| now.unwrap_or(0));
-        let settled = waits.settle(&threads, now_ns, false);
-        self.add_waits(epoch, settled)?;
-        now.map(|_| ())
-    }
-
-    /// Adds what waits have cost since the last drain, those that go on too: they are not followed any more.
-    fn end_waits(&mut self, epoch: &mut Epoch, unfinished: &Unfinished) -> Result<(), KernelError> {
-        let Some(waits) = &mut epoch.waits else { return Ok(()) };
-        for due in &unfinished.dues {
-            waits.add_due(due, || self.table.without_stack(due.key.tgid, EventKind::Blocked, StackEnd::Rationed));
-        }
-        let settled = waits.settle(&unfinished.threads, unfinished.now_ns, true);
-        self.add_waits(epoch, settled)
-    }
-
-    fn add_waits(&self, epoch: &mut Epoch, mut settled: Vec<LocatedSample>) -> Result<(), KernelError> {
-        let scale = self.pace.borrow().scale;
-        for sample in &mut settled {
-            sample.scale(scale);
-            self.stats.count_wait_end(sample.end, sample.time_ns);
-        }
-        epoch.samples.extend(settled);
-        let waits = epoch.waits.as_ref().map(WaitBook::stats).unwrap_or_default();
-        self.stats.set_waits(waits, self.kernel.wait_totals()?);
         Ok(())
     }
 

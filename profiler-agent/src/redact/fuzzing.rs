@@ -1,7 +1,7 @@
 //! What the fuzz target of redaction calls.
 
 use super::{MAX_PLACES, REDACTED, Redaction};
-use crate::{fuzzing::Input, label::Pattern};
+use crate::{fuzzing::Input, pattern::Pattern};
 
 /// A pattern, after a byte that says how long it is, and a text: a path that matches is gone, and no text becomes much longer.
 pub fn redact(bytes: &[u8]) {
