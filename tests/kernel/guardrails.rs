@@ -11,7 +11,7 @@ use std::{
 use nix::sys::signal::Signal;
 use profiler_tests::{
     Background, agent, ask_within, eventually, free_port, http_get, kernel_is_usable, metric,
-    programs::{Statistics, clock_ns, runs_of},
+    programs::{Statistics, runs_of},
     recorded, run, scratch, stderr, stdout,
     stopped::Stopped,
     workload,
@@ -19,8 +19,6 @@ use profiler_tests::{
 
 /// Times that each way to stop is tried; `PROFILER_STOPS` makes it more.
 const STOPS: usize = 2;
-/// How long the budget is watched under load; `PROFILER_BUDGET_SECONDS` makes it longer.
-const BUDGET_SECONDS: u64 = 45;
 
 fn number_from(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
@@ -233,110 +231,6 @@ fn a_stopped_agent_rests() {
     assert!(text.contains("stopped by file"), "{text}");
 }
 
-/// What a run of the storm under a daemon came to, seconds.
-struct Storm {
-    /// Share of the machine that profiling took, in each stretch of five seconds.
-    shares: Vec<f64>,
-    /// CPU time and time off the CPU: as exported, against what it says itself.
-    ran: f64,
-    waited: f64,
-}
-
-/// Runs the storm for a while under a daemon of its own.
-fn storm(test: &str, seconds: u64, more: &[&str]) -> Storm {
-    let daemon = Daemon::start(test, "export: {window: 5s}\n", &[&["--event", "both"], more].concat());
-    daemon.wait_until_ready();
-    let pid = daemon.process.pid();
-    thread::sleep(Duration::from_secs(10));
-    let load = Background::start(Command::new(workload("storm")).arg(seconds.to_string()));
-    let begun = Instant::now();
-    let cpus = thread::available_parallelism().map_or(1, usize::from) as f64;
-    let clock_ns = clock_ns();
-    println!("{test}: a look at the clock takes {clock_ns:.0} ns");
-    let mut last = (cpu_seconds(pid), runs_of(pid), Instant::now());
-    println!("second  Hz  stacks  followed  agent   programs  of the machine");
-    let mut shares = Vec::new();
-    while begun.elapsed().as_secs() + 5 <= seconds {
-        thread::sleep(Duration::from_secs(5));
-        let now = (cpu_seconds(pid), runs_of(pid), Instant::now());
-        let elapsed = (now.2 - last.2).as_secs_f64();
-        let agent = (now.0 - last.0) / elapsed;
-        // (The books themselves are none of the agent's doing.)
-        let books = (now.1.count - last.1.count) as f64 * clock_ns;
-        let programs = ((now.1.time_ns - last.1.time_ns) as f64 - books).max(0.0) / 1e9 / elapsed;
-        let share = (agent + programs) / cpus;
-        let gauge = |name: &str| metric(daemon.status, &format!("profiler_agent_{name}")).unwrap_or(f64::NAN);
-        println!(
-            "{:6}  {:2}  {:6}  {:8.3}  {:.2} %  {:6.2} %  {:.2} %",
-            begun.elapsed().as_secs(),
-            gauge("sampling_frequency"),
-            gauge("wait_stacks_per_second"),
-            gauge("waits_followed_ratio"),
-            agent * 100.0,
-            programs * 100.0,
-            share * 100.0
-        );
-        shares.push(share);
-        last = now;
-    }
-    let report = stdout(&load.finish());
-    let folder = daemon.folder.join("profiles");
-    daemon.end();
-
-    let field = |name: &str| {
-        // (`ran` and `switched`, each at the start of its line.)
-        let line = report.lines().find_map(|line| line.strip_prefix(name)).expect("a line");
-        line.trim().parse::<f64>().expect("a number")
-    };
-    let (mut ran, mut waited) = (0.0, 0.0);
-    for file in fs::read_dir(folder).expect("profiles").flatten() {
-        for sample in recorded::samples(&fs::read(file.path()).expect("a profile")) {
-            if sample.process == "storm" {
-                *(if sample.is_wait { &mut waited } else { &mut ran }) += sample.time_ns as f64;
-            }
-        }
-    }
-    let expect_ran = field("ran");
-    // Its threads, two for each CPU, either run or wait (the first one waits for all of them).
-    let expect_waited = (2.0 * cpus + 1.0) * seconds as f64 * 1e9 - expect_ran;
-    println!(
-        "{test}: {:.0} switches a second; CPU time {:.2} s of {:.2} s, off the CPU {:.2} s of {:.2} s",
-        field("switched") / seconds as f64,
-        ran / 1e9,
-        expect_ran / 1e9,
-        waited / 1e9,
-        expect_waited / 1e9,
-    );
-    Storm { shares, ran: ran / expect_ran, waited: waited / expect_waited }
-}
-
-/// Under a load that is as expensive to profile as they come, the budget holds after a few seconds, and what is
-/// exported adds up to what it does without a budget.
-#[test]
-fn the_budget_is_kept() {
-    if !kernel_is_usable() {
-        return;
-    }
-    let _statistics = Statistics::on();
-    let seconds = number_from("PROFILER_BUDGET_SECONDS").unwrap_or(BUDGET_SECONDS);
-    let free = storm("budget-free", BUDGET_SECONDS, &["--budget-cpu", "100%"]);
-    let kept = storm("budget-kept", seconds, &[]);
-    let mean = |shares: &[f64]| shares.iter().sum::<f64>() / shares.len() as f64 * 100.0;
-    println!(
-        "without a budget {:.2} % of the machine; with 1 %, after five seconds, {:.2} %",
-        mean(&free.shares),
-        mean(&kept.shares[1..])
-    );
-    println!(
-        "of the totals without: CPU time {:.4}, off the CPU {:.4}",
-        kept.ran / free.ran,
-        kept.waited / free.waited
-    );
-    assert!(mean(&free.shares) > 1.0, "the load is not expensive enough to tell");
-    assert!(mean(&kept.shares[1..]) <= 1.0, "the budget of 1 % does not hold: {:?}", kept.shares);
-    assert!((kept.ran / free.ran - 1.0).abs() < 0.03 && (kept.waited / free.waited - 1.0).abs() < 0.03);
-}
-
 /// A changed configuration holds within moments, a wrong one is refused with the place, and no sample is lost by either.
 #[test]
 fn the_configuration_may_change() {
@@ -378,4 +272,125 @@ fn the_configuration_may_change() {
     periods.sort_unstable();
     periods.dedup();
     assert_eq!(periods, [1_000_000_000 / 99, 1_000_000_000 / 49, 1_000_000_000 / 19]);
+}
+
+/// A valid configuration, of which wrong ones are made.
+const VALID: &str = "\
+sampling:
+  frequency: 49
+  event: both
+  wait_stacks: 20
+  min_wait: 1ms
+unwind:
+  table_mib: 32
+symbolize:
+  lines: false
+  inlines: false
+  dwarf_mib: 64
+  names_mib: 16
+labels:
+  service_from_labels: true
+  allow: [service.*]
+  rename: {a: b}
+scope:
+  honor_annotation: true
+  exclude:
+    - executables: [nothing-like-this]
+schedule:
+  every: 1m
+  probability: 1
+redact:
+  paths: [/secret/*]
+  functions: true
+export:
+  window: 5s
+  queue_mib: 8
+budget:
+  cpu: 100%
+  memory_mib: 300
+control:
+  stopped: false
+";
+
+/// Every line of a configuration made wrong in several ways.
+fn wrong_configurations() -> Vec<String> {
+    let lines: Vec<&str> = VALID.lines().collect();
+    let with = |index: usize, line: String| {
+        let mut lines: Vec<String> = lines.iter().map(|&line| line.to_owned()).collect();
+        lines[index] = line;
+        lines.join("\n") + "\n"
+    };
+    let mut wrong = Vec::new();
+    for (index, line) in lines.iter().enumerate() {
+        let (key, value) = line.split_once(':').expect("a key");
+        // A name that nobody knows, one that is there twice, and what is not YAML at all.
+        wrong.push(with(index, format!("{key}x:{value}")));
+        wrong.push(with(index, format!("{line}\n{key}: 1")));
+        wrong.push(with(index, format!("{key}: {{unclosed")));
+        wrong.push(with(index, format!("{key}: \"unclosed")));
+        wrong.push(with(index, format!("\t{}", line.trim_start())));
+        // A mapping or a list of something else in the place of a value.
+        if !key.contains("rename") {
+            wrong.push(with(index, format!("{key}: {{nobody: 1}}")));
+        }
+        wrong.push(with(index, format!("{key}: [[1, 2], {{a: 3}}]")));
+    }
+    for (from, to) in [
+        ("frequency: 49", "frequency: 0"),
+        ("frequency: 49", "frequency: -1"),
+        ("frequency: 49", "frequency: 100000000"),
+        ("event: both", "event: sometimes"),
+        ("min_wait: 1ms", "min_wait: soon"),
+        ("table_mib: 32", "table_mib: 1"),
+        ("dwarf_mib: 64", "dwarf_mib: 1"),
+        ("names_mib: 16", "names_mib: 99999999"),
+        ("window: 5s", "window: 5"),
+        ("window: 5s", "window: 1ms"),
+        ("queue_mib: 8", "queue_mib: 0"),
+        ("cpu: 100%", "cpu: 100"),
+        ("cpu: 100%", "cpu: 101%"),
+        ("memory_mib: 300", "memory_mib: 3"),
+        ("stopped: false", "stopped: perhaps"),
+        ("every: 1m", "every: 0s"),
+        ("probability: 1", "probability: 1.5"),
+    ] {
+        assert!(VALID.contains(from), "{from}");
+        wrong.push(VALID.replacen(from, to, 1));
+    }
+    wrong
+}
+
+/// Whatever is wrong with a configuration, it is refused with a clear message, and the one before holds.
+#[test]
+fn wrong_configurations_change_nothing() {
+    if !kernel_is_usable() {
+        return;
+    }
+    let daemon = Daemon::start("wrong", VALID, &[]);
+    daemon.wait_until_ready();
+    let before = daemon.post("/reload");
+    let count = |name: &str| metric(daemon.status, &format!("profiler_agent_config_reloads{name}_total"));
+    let loaded = count("").expect("a count");
+    let wrong = wrong_configurations();
+    for text in &wrong {
+        let refused = count("_refused").expect("a count");
+        daemon.configure(text);
+        assert_eq!(daemon.post("/reload"), before, "{text}");
+        // (It may have been noticed by itself, too.)
+        assert!(count("_refused").is_some_and(|now| now > refused), "taken over: {text}");
+        assert_eq!(count(""), Some(loaded), "taken over: {text}");
+    }
+    daemon.configure(VALID);
+    assert_eq!(daemon.post("/reload"), before);
+    assert!(daemon.is_ready().is_some());
+    let text = daemon.end();
+    let refusals: Vec<&str> = text.lines().filter(|line| line.contains("is left as it is")).collect();
+    println!("{} wrong configurations; of what was said, every tenth line:", wrong.len());
+    for line in refusals.iter().step_by(refusals.len() / 10) {
+        println!("  {line}");
+    }
+    assert!(wrong.len() >= 200 && refusals.len() >= wrong.len(), "{}", refusals.len());
+    for line in refusals {
+        assert!(line.contains("agent.yaml") && line.contains("line "), "{line}");
+    }
 }

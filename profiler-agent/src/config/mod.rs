@@ -259,7 +259,8 @@ impl Config {
             debuginfod: overrides.debuginfod.over(file.symbolize.debuginfod).validate()?,
             source,
             names_bytes: names_bytes(overrides.names_mib.or(file.symbolize.names_mib))?,
-            frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))?,
+            frequency: valid_frequency(overrides.frequency.or(file.sampling.frequency).unwrap_or(DEFAULT_FREQUENCY))
+                .context("sampling.frequency")?,
             kubernetes,
             labels,
             redact: file.redact.validate()?,

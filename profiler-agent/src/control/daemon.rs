@@ -49,9 +49,9 @@ use crate::{
 
 /// How long the last window may take to be delivered at shutdown.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
-/// Time between two looks at the stop file.
+/// Time between two looks at the stop file, the configuration file and the schedule.
 const LOOK: Duration = Duration::from_millis(200);
-/// Looks in a second: the budget and the configuration file are seen to once in so many.
+/// Looks in a second: the budget is seen to once in so many.
 const LOOKS_PER_SECOND: u32 = 5;
 /// Seconds until collection is tried again where it could not be resumed.
 const RETRY_SECONDS: u32 = 10;
@@ -162,8 +162,8 @@ pub async fn run(options: Options, config: Config) -> anyhow::Result<ExitCode> {
                 look = look.wrapping_add(1);
                 daemon.kill_switch.look();
                 daemon.follow_schedule();
+                daemon.reload(false);
                 if look.is_multiple_of(LOOKS_PER_SECOND) {
-                    daemon.reload(false);
                     daemon.keep_budget();
                 }
             }
