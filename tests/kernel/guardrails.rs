@@ -103,13 +103,15 @@ fn replace(path: &Path, text: &str) {
     fs::write(&next, text).and_then(|()| fs::rename(&next, path)).expect("a configuration file");
 }
 
-/// CPU time of a process's threads, those that have ended too, seconds.
+/// CPU time of a process's threads, seconds: the first field of their schedstat. (`/proc/PID/stat` counts ticks of the clock,
+/// each of which is half of what is allowed.)
 fn cpu_seconds(pid: u32) -> f64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("a process");
-    // (Fields 14 and 15 of man 5 proc_pid_stat; the name before may hold anything.)
-    let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_ascii_whitespace().collect();
-    let ticks: f64 = fields[11..13].iter().map(|field| field.parse::<f64>().expect("a number")).sum();
-    ticks / 100.0
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process").flatten();
+    let nanoseconds = tasks.filter_map(|task| {
+        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
+        text.split_ascii_whitespace().next()?.parse::<f64>().ok()
+    });
+    nanoseconds.sum::<f64>() / 1e9
 }
 
 /// Every way to stop detaches every program within a second, every way back resumes, and nothing that was collected

@@ -137,6 +137,10 @@ Configuration file, with the defaults:
     original_payload: false
   status:
     listen: 127.0.0.1:7081
+  schedule:
+    every: 1m
+    collect: 1m
+    probability: 1
   budget:
     cpu: 1%
     memory_mib: 256

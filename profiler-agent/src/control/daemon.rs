@@ -23,7 +23,7 @@ use tracing::{error, info, warn};
 use super::{
     books::books,
     collection::{Collection, Surroundings, label_options},
-    effort::{cpu_budget, deferred_work, describe, governor, pace, schedule, wanted},
+    effort::{deferred_work, describe, governor, pace, schedule, wanted},
     governor::Governor,
     kill_switch::KillSwitch,
     reload::Source,
@@ -50,9 +50,9 @@ use crate::{
 /// How long the last window may take to be delivered at shutdown.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time between two looks at the stop file, the configuration file and the schedule.
-const LOOK: Duration = Duration::from_millis(200);
+const LOOK: Duration = Duration::from_millis(500);
 /// Looks in a second: the budget is seen to once in so many.
-const LOOKS_PER_SECOND: u32 = 5;
+const LOOKS_PER_SECOND: u32 = 2;
 /// Seconds until collection is tried again where it could not be resumed.
 const RETRY_SECONDS: u32 = 10;
 /// Commands that may wait.
@@ -155,8 +155,8 @@ pub async fn run(options: Options, config: Config) -> anyhow::Result<ExitCode> {
             _ = signals.interrupt.recv() => { info!("interrupted: exporting the last window"); break false; }
             _ = signals.terminate.recv() => { info!("terminated: exporting the last window"); break false; }
             _ = signals.hangup.recv() => daemon.reload(true),
-            _ = signals.stop.recv() => daemon.command(true),
-            _ = signals.resume.recv() => daemon.command(false),
+            _ = signals.stop.recv() => daemon.kill_switch.command(true),
+            _ = signals.resume.recv() => daemon.kill_switch.command(false),
             Some((command, reply)) = orders.recv() => daemon.obey(command, reply),
             _ = looks.tick() => {
                 look = look.wrapping_add(1);
@@ -171,7 +171,7 @@ pub async fn run(options: Options, config: Config) -> anyhow::Result<ExitCode> {
             _ = &mut delivering.ended => break true,
             failed = daemon.state_changes() => if failed { break true },
         }
-        daemon.reconcile()?;
+        daemon.reconcile();
     };
     stats.set_ready(false);
     let outcome = daemon.end(delivering).await;
@@ -222,7 +222,7 @@ impl Daemon {
     }
 
     /// Brings what is done into line with what is to be done.
-    fn reconcile(&mut self) -> anyhow::Result<()> {
+    fn reconcile(&mut self) {
         let is_off = self.kill_switch.is_off();
         self.stats.set_stopped(is_off);
         match &self.state {
@@ -235,7 +235,6 @@ impl Daemon {
             }
             _ => {}
         }
-        Ok(())
     }
 
     fn start(&mut self) -> anyhow::Result<()> {
@@ -243,7 +242,6 @@ impl Daemon {
         self.state = State::Running(collection);
         // (What it takes to begin is over, and says nothing of what comes.)
         self.meter = Meter::new(&self.stats, Arc::clone(&self.surroundings.allowance));
-        self.stats.set_stopped(false);
         self.stats.set_ready(true);
         Ok(())
     }
@@ -290,21 +288,15 @@ impl Daemon {
         }
     }
 
-    fn command(&mut self, stopped: bool) {
-        self.kill_switch.command(stopped);
-    }
-
     fn obey(&mut self, command: Command, reply: Reply) {
         match command {
-            Command::Stop => self.command(true),
-            Command::Resume => self.command(false),
+            Command::Stop => self.kill_switch.command(true),
+            Command::Resume => self.kill_switch.command(false),
             Command::Reload => self.reload(true),
             Command::State => {}
         }
         self.kill_switch.look();
-        if let Err(error) = self.reconcile() {
-            error!("{error:#}");
-        }
+        self.reconcile();
         let state = socket::State {
             collecting: matches!(self.state, State::Running(_)),
             stopped_by: self.kill_switch.reasons().into_iter().map(|reason| reason.label().to_owned()).collect(),
@@ -317,25 +309,22 @@ impl Daemon {
     /// Sees to the budget, once a second.
     fn keep_budget(&mut self) {
         self.retry = self.retry.saturating_sub(1);
-        if let State::Running(collection) = &self.state {
-            collection.count(&self.stats);
-        }
+        // What is stopped rests.
+        let State::Running(collection) = &self.state else { return };
+        collection.count(&self.stats);
         let spent = self.meter.read(&self.stats);
         let memory = memory();
-        let cost = self.governor.cost();
-        if let State::Running(collection) = &self.state
-            && self.phase.collects
-            && self.governor.observe(spent, memory, collection.has_reached_pace())
-        {
+        let (cost, budget) = (self.governor.cost(), self.governor.budget());
+        if self.phase.collects && self.governor.observe(spent, memory, collection.has_reached_pace()) {
             let effort = self.governor.effort();
-            info!("{}", describe(&effort, &wanted(&self.config), cost, cpu_budget(&self.config)));
+            info!("{}", describe(&effort, &wanted(&self.config), cost, budget));
             collection.set_pace(pace(&self.config, &effort, &self.phase));
             kernel::release_free_memory();
         }
         self.stats.control.set(ControlStats {
             effort: Some(self.governor.effort()),
             cost: self.governor.cost(),
-            budget: cpu_budget(&self.config),
+            budget,
             memory: memory.unwrap_or_default(),
             memory_budget: self.config.budget.memory,
         });

@@ -38,7 +38,7 @@ pub(super) fn governor(config: &Config) -> Governor {
 }
 
 /// CPU seconds per second; the machine's, not the cgroup's.
-pub(super) fn cpu_budget(config: &Config) -> f64 {
+fn cpu_budget(config: &Config) -> f64 {
     config.budget.cpu * kernel::online_cpus().map_or(1, |cpus| cpus.len()) as f64
 }
 

@@ -41,7 +41,7 @@ const PROBATION: u32 = 60;
 /// What a ration of all stacks counts as when it has to be lowered.
 const ALL_STACKS: u32 = 1000;
 /// Least bytes for names: less does not hold one large program's symbols.
-pub const LEAST_NAMES: usize = 8 << 20;
+const LEAST_NAMES: usize = 8 << 20;
 /// Parts of the memory budget at which caches shrink, and may grow again.
 const MEMORY_HIGH: f64 = 0.9;
 const MEMORY_LOW: f64 = 0.6;
@@ -92,6 +92,11 @@ impl Governor {
     /// What is done now.
     pub fn effort(&self) -> Effort {
         self.effort
+    }
+
+    /// What may be spent, CPU seconds per second.
+    pub fn budget(&self) -> f64 {
+        self.budget
     }
 
     /// What the last seconds cost, CPU seconds per second. Files count for what they may cost in the long run: bursts of

@@ -63,9 +63,9 @@ impl Clock {
         }
     }
 
-    /// Events per second and CPU, from the next start on.
-    pub(super) fn set_frequency(&mut self, frequency: u64) {
-        self.frequency = frequency;
+    /// Events per second and CPU, from the next start on. Returns whether they are others than before.
+    pub(super) fn set_frequency(&mut self, frequency: u64) -> bool {
+        std::mem::replace(&mut self.frequency, frequency) != frequency
     }
 
     /// What drives it; known once started.

@@ -286,21 +286,20 @@ impl Kernel {
         self.waits.as_mut().map_or_else(|| Ok(Unfinished::default()), WaitPrograms::detach)
     }
 
-    /// Samples per second and CPU, and how closely waits are followed, from the next start on, which is a new epoch.
-    pub fn set_pace(&mut self, frequency: u64, following: Following) {
-        if let Some(clock) = &mut self.clock {
-            clock.set_frequency(frequency);
-        }
+    /// Samples per second and CPU, and how closely waits are followed, from the next start on, which is a new epoch. Returns
+    /// whether the sampling clock has another rate then.
+    pub fn set_pace(&mut self, frequency: u64, following: Following) -> bool {
         self.following = following;
         self.epoch = self.epoch.wrapping_add(1);
+        self.clock.as_mut().is_some_and(|clock| clock.set_frequency(frequency))
     }
 
     /// The same for programs that run, and go on: a new epoch begins now. Waits are followed all the while, since it may
     /// take seconds to attach a program to a busy event again.
     pub fn change_pace(&mut self, frequency: u64, following: Following) -> Result<(), KernelError> {
-        self.set_pace(frequency, following);
+        let restarts = self.set_pace(frequency, following);
         self.control.change(following, self.epoch)?;
-        let Some(clock) = &mut self.clock else { return Ok(()) };
+        let Some(clock) = self.clock.as_mut().filter(|_| restarts) else { return Ok(()) };
         clock.stop();
         clock.start(&mut self.ebpf)
     }

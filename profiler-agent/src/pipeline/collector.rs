@@ -19,7 +19,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Batch, DRAIN_INTERVAL, Pace, epoch::Epoch};
+use super::{Batch, DRAIN_INTERVAL, Pace};
 use crate::{
     cgroups::Cgroups,
     kernel::{Clock, DebugLog, Kernel, KernelError, KernelMappings, Ring, SideBand, Unfinished, scope::KernelScope},
@@ -33,8 +33,8 @@ use crate::{
 
 /// Time between two looks at processes that are about to name the code they make.
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
-/// Time between two looks at the kernel programs' counters.
-const COUNT_INTERVAL: Duration = Duration::from_secs(1);
+/// Time between two looks at whether a change of pace may go on that had to wait.
+const RETRY_PACE: Duration = Duration::from_secs(1);
 /// Time between two looks at whether pods have changed that the scope asks about.
 const FOLLOW_PODS: Duration = Duration::from_millis(500);
 
@@ -136,8 +136,8 @@ impl Collector {
         drains.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut looks = interval_at(tokio::time::Instant::now(), LOOK_AGAIN);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut counts = interval_at(tokio::time::Instant::now(), COUNT_INTERVAL);
-        counts.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut retries = interval_at(tokio::time::Instant::now(), RETRY_PACE);
+        retries.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut pods = interval_at(tokio::time::Instant::now(), FOLLOW_PODS);
         pods.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut window_opened = Instant::now();
@@ -153,8 +153,7 @@ impl Collector {
                     }
                 }
                 rules = changed(&mut orders.scope) => self.set_scope(rules),
-                _ = counts.tick() => {
-                    self.count()?;
+                _ = retries.tick(), if wanted.is_some() => {
                     if self.reach_pace(sources.overflow.get_mut(), &mut wanted)? {
                         window_opened = Instant::now();
                     }
@@ -293,10 +292,10 @@ impl Collector {
             self.stats.drains_postponed.add(1);
             return Ok(());
         }
-        let mut now = Epoch { samples: Vec::new(), waits: self.waits.take() };
-        let drained = self.read_rows(overflow, &mut now, None);
-        let settled = self.settle_waits(&mut now);
-        self.hand_on(now, closes_window, None);
+        let mut samples = Vec::new();
+        let drained = self.read_rows(overflow, &mut samples, None);
+        let settled = self.settle_waits(&mut samples);
+        self.hand_on(samples, closes_window, None);
         self.end_drain()?;
         drained.and(settled)
     }
@@ -309,37 +308,28 @@ impl Collector {
         unfinished: Option<&Unfinished>,
         next: Option<Pace>,
     ) -> Result<(), KernelError> {
-        let mut ended = Epoch { samples: Vec::new(), waits: self.waits.take() };
-        let mut now = Epoch { samples: Vec::new(), waits: None };
-        let drained = self.read_rows(overflow, &mut ended, next.is_some().then_some(&mut now));
-        let successor = match unfinished {
-            Some(unfinished) => {
-                self.end_waits(&mut ended, unfinished)?;
-                ended.waits.as_ref().map(WaitBook::successor)
-            }
-            None => {
-                self.settle_waits(&mut ended)?;
-                ended.waits.take()
-            }
+        let (mut ended, mut begun) = (Vec::new(), Vec::new());
+        let drained = self.read_rows(overflow, &mut ended, next.is_some().then_some(&mut begun));
+        let settled = match unfinished {
+            Some(unfinished) => self.end_waits(&mut ended, unfinished),
+            None => self.settle_waits(&mut ended),
         };
         self.hand_on(ended, true, next.clone());
-        now.waits = successor;
         if let Some(next) = next {
             self.pace.send_replace(next);
-            self.hand_on(now, false, None);
+            self.hand_on(begun, false, None);
         }
         self.end_drain()?;
-        drained
+        drained.and(settled)
     }
 
-    /// Passes samples to the namer, and keeps the waits that are under way.
-    fn hand_on(&mut self, epoch: Epoch, closes_window: bool, next: Option<Pace>) {
-        self.waits = epoch.waits;
+    /// Passes samples to the namer.
+    fn hand_on(&mut self, samples: Vec<LocatedSample>, closes_window: bool, next: Option<Pace>) {
         // Replacing the buffers has waited for every program that was running.
         self.published.reuse_released();
         self.publish();
         let kernel_code = std::mem::take(&mut self.kernel_code);
-        self.offer(Batch { samples: epoch.samples, kernel_code, closes_window, next });
+        self.offer(Batch { samples, kernel_code, closes_window, next });
     }
 
     /// Forgets what no sample can be of any more, and counts.
