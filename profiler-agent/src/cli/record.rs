@@ -239,7 +239,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
             collects: true,
             frequency: recording.frequency,
             wait_stacks: recording.waits.stacks_per_second,
-            wait_share: 0,
+            wait_share: Some(0),
             scale: 1.0,
             detail: true,
             names_bytes: NAMES_BYTES,

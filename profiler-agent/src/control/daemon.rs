@@ -312,7 +312,7 @@ impl Daemon {
         // What is stopped rests.
         let State::Running(collection) = &self.state else { return };
         collection.count(&self.stats);
-        let spent = self.meter.read(&self.stats);
+        let spent = self.meter.read(&self.stats, self.governor.effort().wait_share.is_some());
         let memory = memory();
         let (cost, budget) = (self.governor.cost(), self.governor.budget());
         if self.phase.collects && self.governor.observe(spent, memory, collection.has_reached_pace()) {

@@ -13,8 +13,9 @@ pub struct Effort {
     pub frequency: u64,
     /// Stacks of waits per second and CPU; zero: all.
     pub wait_stacks: u32,
-    /// One of 2^this waits is followed, of those that come too often.
-    pub wait_share: u32,
+    /// One of 2^this waits is followed, of those that come too often; `None`: no wait is, since the scheduler switches
+    /// threads so often that to be called is too much.
+    pub wait_share: Option<u32>,
     /// Whether source lines and inlined functions are looked for.
     pub detail: bool,
     /// Bytes for names.
@@ -26,7 +27,7 @@ pub(super) fn wanted(config: &Config) -> Effort {
     Effort {
         frequency: config.frequency,
         wait_stacks: config.waits.stacks_per_second,
-        wait_share: 0,
+        wait_share: Some(0),
         detail: config.source.lines || config.source.inlines,
         names_bytes: config.names_bytes,
     }
@@ -54,6 +55,9 @@ pub(super) fn pace(config: &Config, effort: &Effort, phase: &Phase) -> Pace {
     if *effort != (Effort { names_bytes: effort.names_bytes, ..wanted }) {
         marks.push(Mark { name: "profiler.limited_by", value: "budget".into() });
     }
+    if effort.wait_share.is_none() && config.events.includes_off_cpu() {
+        marks.push(Mark { name: "profiler.off_cpu", value: "suspended".into() });
+    }
     if phase.scale > 1.0 {
         marks.push(Mark { name: "profiler.schedule.share", value: format!("{:.6}", 1.0 / phase.scale).into() });
     }
@@ -75,8 +79,12 @@ pub(super) fn describe(effort: &Effort, wanted: &Effort, cost: f64, budget: f64)
     if effort.wait_stacks != wanted.wait_stacks {
         text += &format!(", {} stacks of waits a second", effort.wait_stacks);
     }
-    if effort.wait_share != wanted.wait_share {
-        text += &format!(", one of {} waits followed where they come too often", 1_u32 << effort.wait_share);
+    match effort.wait_share {
+        Some(share) if effort.wait_share != wanted.wait_share => {
+            text += &format!(", one of {} waits followed where they come too often", 1_u32 << share);
+        }
+        Some(_) => {}
+        None => text += ", no waits: there are more switches between threads than can be followed",
     }
     if effort.detail != wanted.detail {
         text += ", no source lines or inlined functions";

@@ -2,8 +2,9 @@
 //!
 //! In: what was spent, second by second, and how much memory is used. Out: an [`Effort`]. When the budget is passed, the
 //! sampling rate falls, and with it the ration of waits' stacks and the share of waits that are followed; then details
-//! (source lines, inlined functions) go. When there has been room for a while, all of it comes back, and slower each
-//! time that it was too early. Caches shrink before memory runs out.
+//! (source lines, inlined functions) go. Where threads are switched so often that it takes most of the budget to call a
+//! program each time, whatever it does, no waits are followed. When there has been room for a while, all of it comes
+//! back, and slower each time that it was too early. Caches shrink before memory runs out.
 
 use std::collections::VecDeque;
 
@@ -27,6 +28,10 @@ pub(super) const FILES_PART: f64 = 0.3;
 /// The sampling rate falls to this part of what is wanted, and no further: with less, nothing is to be seen, and what is left
 /// of the cost is for other things.
 const LEAST_PART: u64 = 20;
+/// What a switch costs of which nothing is recorded, CPU seconds, and what part of the budget may be spent on that. (Linux
+/// 6.18 in a virtual machine: 88 to 92 ns by the kernel's books, most of it to call the program and to return.)
+const LEAST_SWITCH: f64 = 90e-9;
+const MOST_FOR_SWITCHES: f64 = 0.8;
 /// How much is added when there is.
 const STEP: f64 = 1.5;
 /// The least that one correction leaves.
@@ -168,21 +173,33 @@ impl Governor {
         cost < self.budget * ROOM && (cost - switches) * STEP + more_switches < self.budget * 0.9
     }
 
+    /// What it costs to be called at every switch, if nothing comes of it.
+    fn least_for_switches(&self) -> f64 {
+        self.average(PROGRAMS_SECONDS, |spent| spent.switched) * LEAST_SWITCH
+    }
+
     fn do_less(&mut self, cost: f64) {
         let before = self.effort;
         let mut left = cost;
         // What each switch costs does not depend on how many stacks are taken, and falls by less than half each time, since
         // it is looked at all the same.
         let switches = self.average(PROGRAMS_SECONDS, |spent| spent.switches);
-        if switches > self.budget / 2.0 {
-            let steps = if switches > self.budget { 2 } else { 1 };
-            self.effort.wait_share = self.effort.wait_share.saturating_add(steps).min(MAX_SHARE);
+        let least = self.least_for_switches();
+        if let Some(share) = self.effort.wait_share.filter(|_| switches > self.budget / 2.0) {
             left -= switches;
-            left += switches / f64::from(self.effort.wait_share - before.wait_share + 1);
+            let is_least = share == MAX_SHARE && self.effort.frequency == self.least_frequency();
+            if is_least || least > self.budget * MOST_FOR_SWITCHES {
+                self.effort.wait_share = None;
+            } else {
+                let steps = if switches > self.budget { 2 } else { 1 };
+                let next = share.saturating_add(steps).min(MAX_SHARE);
+                self.effort.wait_share = Some(next);
+                left += least + (switches - least).max(0.0) / f64::from(1_u32 << (next - share));
+            }
         }
         if left > self.budget {
             let part = (self.budget * AIM / left).max(LARGEST_CUT);
-            let least = (self.wanted.frequency / LEAST_PART).max(1);
+            let least = self.least_frequency();
             self.effort.frequency = scaled(self.effort.frequency, part).max(least);
             let stacks = if self.effort.wait_stacks == 0 { ALL_STACKS } else { self.effort.wait_stacks };
             self.effort.wait_stacks = scaled(u64::from(stacks), part).max(1).try_into().unwrap_or(u32::MAX);
@@ -193,8 +210,14 @@ impl Governor {
         }
     }
 
+    fn least_frequency(&self) -> u64 {
+        (self.wanted.frequency / LEAST_PART).max(1)
+    }
+
     fn do_more(&mut self) {
         let wanted = self.wanted_now();
+        let before = self.effort;
+        let fits = self.cost() + self.least_for_switches() < self.budget * MOST_FOR_SWITCHES;
         let effort = &mut self.effort;
         if effort.detail != wanted.detail && effort.frequency * 2 >= wanted.frequency {
             effort.detail = wanted.detail;
@@ -206,8 +229,13 @@ impl Governor {
             (stacks, 0) => (stacks + stacks / 2 + 1).min(ALL_STACKS),
             (stacks, most) => (stacks + stacks / 2 + 1).min(most),
         };
-        effort.wait_share = effort.wait_share.saturating_sub(1).max(wanted.wait_share);
-        self.changed(true);
+        effort.wait_share = match effort.wait_share {
+            Some(share) => Some(share.saturating_sub(1)).max(wanted.wait_share),
+            None => Some(MAX_SHARE).filter(|_| fits),
+        };
+        if self.effort != before {
+            self.changed(true);
+        }
     }
 
     fn changed(&mut self, did_more: bool) {
@@ -218,6 +246,7 @@ impl Governor {
         for spent in &mut self.spent {
             *spent = Spent {
                 elapsed: spent.elapsed,
+                switched: spent.switched,
                 agent: spent.agent.min(self.budget * AIM * spent.elapsed),
                 files: spent.files,
                 ..Spent::default()
@@ -275,7 +304,7 @@ mod tests {
     /// CPU seconds per second: 1 % of two CPUs.
     const BUDGET: f64 = 0.02;
     const WANTED: Effort =
-        Effort { frequency: 99, wait_stacks: 50, wait_share: 0, detail: true, names_bytes: 32 << 20 };
+        Effort { frequency: 99, wait_stacks: 50, wait_share: Some(0), detail: true, names_bytes: 32 << 20 };
 
     /// A machine on which things cost so much, in CPU seconds.
     #[derive(Clone, Copy, Default)]
@@ -298,7 +327,11 @@ mod tests {
                 files: 0.0,
                 agent: self.fixed + self.handling * samples,
                 samples: self.sample * samples,
-                switches: self.switches * (0.3 + 0.7 / f64::from(1_u32 << effort.wait_share)),
+                // (Half of what a switch costs is that a program is called.)
+                switches: effort
+                    .wait_share
+                    .map_or(0.0, |share| self.switches * (0.5 + 0.5 / f64::from(1_u32 << share))),
+                switched: self.switches / 2.0 / LEAST_SWITCH,
                 wait_stacks: self.stack * stacks,
                 notices: 0.0,
             }
@@ -341,7 +374,7 @@ mod tests {
         let machines = [
             ("deep stacks", Machine { fixed: 0.002, sample: 2e-3, ..Machine::default() }),
             ("switches", Machine { fixed: 0.002, switches: 0.03, stack: 2e-5, ..Machine::default() }),
-            ("a switch storm", Machine { fixed: 0.002, switches: 0.05, stack: 1e-4, ..Machine::default() }),
+            ("a switch storm", Machine { fixed: 0.005, switches: 0.05, stack: 1e-4, ..Machine::default() }),
             ("handling", Machine { fixed: 0.002, handling: 1e-3, ..Machine::default() }),
             ("everything", Machine { fixed: 0.004, sample: 5e-4, handling: 5e-4, switches: 0.02, stack: 1e-3 }),
         ];

@@ -34,6 +34,8 @@ pub struct Spent {
     pub wait_stacks: f64,
     /// Announcing processes and cgroups.
     pub notices: f64,
+    /// How often CPUs switched from one thread to another, which is no time.
+    pub switched: f64,
 }
 
 impl Spent {
@@ -56,6 +58,7 @@ impl Spent {
         self.switches += other.switches;
         self.wait_stacks += other.wait_stacks;
         self.notices += other.notices;
+        self.switched += other.switched;
     }
 
     /// What was added since `earlier`.
@@ -69,6 +72,7 @@ impl Spent {
             switches: since(self.switches, earlier.switches),
             wait_stacks: since(self.wait_stacks, earlier.wait_stacks),
             notices: since(self.notices, earlier.notices),
+            switched: since(self.switched, earlier.switched),
         }
     }
 }
@@ -78,21 +82,29 @@ pub struct Meter {
     started: Instant,
     allowance: Arc<Allowance>,
     last: Spent,
+    /// Switches as of the last look, while no program counts them.
+    switches: Option<f64>,
 }
 
 impl Meter {
     /// Reads from now on.
     pub fn new(stats: &Stats, allowance: Arc<Allowance>) -> Self {
-        let mut meter = Self { started: Instant::now(), allowance, last: Spent::default() };
+        let mut meter = Self { started: Instant::now(), allowance, last: Spent::default(), switches: None };
         meter.last = meter.total(stats);
         meter
     }
 
-    /// What was spent since this was last asked.
-    pub fn read(&mut self, stats: &Stats) -> Spent {
+    /// What was spent since this was last asked. `follows_waits`: programs count switches; otherwise the kernel is asked.
+    pub fn read(&mut self, stats: &Stats, follows_waits: bool) -> Spent {
         let total = self.total(stats);
-        let spent = total.since(&self.last);
+        let mut spent = total.since(&self.last);
         self.last = total;
+        // (It takes milliseconds on large machines.)
+        let switches = if follows_waits { None } else { machine_switches() };
+        if let (Some(before), Some(now)) = (self.switches, switches) {
+            spent.switched += (now - before).max(0.0);
+        }
+        self.switches = switches;
         spent
     }
 
@@ -108,6 +120,7 @@ impl Meter {
             switches: seconds(Counter::SwitchesNs) + entries(Counter::Switches),
             wait_stacks: seconds(Counter::WaitStacksNs),
             notices: seconds(Counter::NoticesNs),
+            switched: stats.kernel(Counter::Switches) as f64,
         }
     }
 }
@@ -115,6 +128,13 @@ impl Meter {
 /// CPU time of this process.
 pub fn process_time() -> Duration {
     clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from).unwrap_or_default()
+}
+
+/// How often the machine's CPUs have switched from one thread to another so far.
+fn machine_switches() -> Option<f64> {
+    // (man 5 proc_stat; behind a line for each CPU, and one that may be long.)
+    let stat = fs::read_to_string("/proc/stat").ok()?;
+    stat.lines().find_map(|line| line.strip_prefix("ctxt "))?.trim().parse().ok()
 }
 
 /// Memory of this process that is not shared with files, bytes: what `RssAnon` of `/proc/self/status` says. Pages of files
@@ -142,10 +162,14 @@ mod tests {
         counters[Counter::SwitchesNs as usize] = 2_000_000_000;
         counters[Counter::Switches as usize] = 1_000_000;
         stats.set_kernel_counters(&counters);
-        let spent = meter.read(&stats);
+        let spent = meter.read(&stats, true);
         assert!((spent.samples - 0.003).abs() < 1e-6 && (spent.switches - 2.05).abs() < 1e-6, "{spent:?}");
         assert!(spent.total() >= spent.programs() && spent.elapsed > 0.0);
-        assert!(meter.read(&stats).programs() < 1e-9);
+        assert!(meter.read(&stats, true).programs() < 1e-9);
+        // Where no program counts switches, the kernel does.
+        meter.read(&stats, false);
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(meter.read(&stats, false).switched > 0.0);
     }
 
     /// This process has some memory, and less than there is.

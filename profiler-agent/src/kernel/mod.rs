@@ -218,7 +218,7 @@ impl Kernel {
             attachments,
             clock,
             waits,
-            following: Following { stacks_per_second: options.waits.stacks_per_second, share: 0 },
+            following: Following { stacks_per_second: options.waits.stacks_per_second, share: Some(0) },
             control,
             epoch: 0,
             waits_refused,
@@ -260,8 +260,10 @@ impl Kernel {
     /// Starts the sampling clock on every online CPU, and follows waits from here on.
     pub fn start(&mut self) -> Result<(), KernelError> {
         match &mut self.waits {
-            Some(waits) => waits.attach(&mut self.ebpf, self.following, self.epoch, &mut self.control)?,
-            None => self.control.set(WaitControl { epoch: self.epoch, ..WaitControl::default() })?,
+            Some(waits) if self.following.share.is_some() => {
+                waits.attach(&mut self.ebpf, self.following, self.epoch, &mut self.control)?;
+            }
+            _ => self.control.set(WaitControl { epoch: self.epoch, ..WaitControl::default() })?,
         }
         self.clock.as_mut().map_or(Ok(()), |clock| clock.start(&mut self.ebpf))
     }
@@ -283,7 +285,12 @@ impl Kernel {
         if let Some(clock) = &mut self.clock {
             clock.stop();
         }
-        self.waits.as_mut().map_or_else(|| Ok(Unfinished::default()), WaitPrograms::detach)
+        self.followed_waits().map_or_else(|| Ok(Unfinished::default()), WaitPrograms::detach)
+    }
+
+    /// What follows waits, if they are followed at the moment.
+    fn followed_waits(&mut self) -> Option<&mut WaitPrograms> {
+        self.waits.as_mut().filter(|_| self.following.share.is_some())
     }
 
     /// Samples per second and CPU, and how closely waits are followed, from the next start on, which is a new epoch. Returns
@@ -294,14 +301,23 @@ impl Kernel {
         self.clock.as_mut().is_some_and(|clock| clock.set_frequency(frequency))
     }
 
-    /// The same for programs that run, and go on: a new epoch begins now. Waits are followed all the while, since it may
-    /// take seconds to attach a program to a busy event again.
-    pub fn change_pace(&mut self, frequency: u64, following: Following) -> Result<(), KernelError> {
+    /// The same for programs that run, and go on: a new epoch begins now. Waits are followed all the while if they are before
+    /// and after, since it may take seconds to attach a program to a busy event again. Returns the waits that are under way,
+    /// if none are followed any more.
+    pub fn change_pace(&mut self, frequency: u64, following: Following) -> Result<Option<Unfinished>, KernelError> {
+        let ends = following.share.is_none();
+        let unfinished = self.followed_waits().filter(|_| ends).map(WaitPrograms::detach).transpose()?;
+        let begins = self.following.share.is_none() && !ends;
         let restarts = self.set_pace(frequency, following);
-        self.control.change(following, self.epoch)?;
-        let Some(clock) = self.clock.as_mut().filter(|_| restarts) else { return Ok(()) };
-        clock.stop();
-        clock.start(&mut self.ebpf)
+        match &mut self.waits {
+            Some(waits) if begins => waits.attach(&mut self.ebpf, following, self.epoch, &mut self.control)?,
+            _ => self.control.change(following, self.epoch)?,
+        }
+        if let Some(clock) = self.clock.as_mut().filter(|_| restarts) {
+            clock.stop();
+            clock.start(&mut self.ebpf)?;
+        }
+        Ok(unfinished)
     }
 
     /// What can detach the programs at any time.
@@ -322,7 +338,8 @@ impl Kernel {
     /// Reads every thread that is waiting now, with the time of the kernel's clock at the beginning; `None` where
     /// waits are not followed.
     pub fn waiting_threads(&self, thread: impl FnMut(u32, ThreadWait)) -> Result<Option<u64>, KernelError> {
-        self.waits.as_ref().map(|waits| waits.threads(thread)).transpose()
+        let waits = self.waits.as_ref().filter(|_| self.following.share.is_some());
+        waits.map(|waits| waits.threads(thread)).transpose()
     }
 
     /// Takes what places of waits are due (or owe), and frees those that were not used in the last `idle`.

@@ -56,8 +56,8 @@ pub struct WaitTotals {
 pub struct Following {
     /// Stacks that each CPU may take per second; zero: every wait's.
     pub stacks_per_second: u32,
-    /// One of 2^this waits is followed, of those that come too often.
-    pub share: u32,
+    /// One of 2^this waits is followed, of those that come too often; `None`: no wait is.
+    pub share: Option<u32>,
 }
 
 /// What was under way when waits were followed in another way, or no more.
@@ -110,8 +110,12 @@ impl Control {
     /// Goes on as before, but for how waits are followed.
     pub(super) fn change(&mut self, following: Following, epoch: u32) -> Result<(), KernelError> {
         let ControlCell(before) = self.0.get(&0, 0)?;
-        let (stacks_per_second, share) = (following.stacks_per_second, following.share.min(MAX_SHARE));
-        self.set(WaitControl { stacks_per_second, share, epoch, ..before })
+        self.set(WaitControl {
+            stacks_per_second: following.stacks_per_second,
+            share: following.share.unwrap_or_default().min(MAX_SHARE),
+            epoch,
+            ..before
+        })
     }
 
     pub(super) fn set(&mut self, control: WaitControl) -> Result<(), KernelError> {
@@ -182,7 +186,7 @@ impl WaitPrograms {
             since_ns: monotonic_ns(),
             is_incomplete: 0,
             stacks_per_second: following.stacks_per_second,
-            share: following.share.min(MAX_SHARE),
+            share: following.share.unwrap_or_default().min(MAX_SHARE),
             epoch,
             reserved: 0,
         })?;

@@ -266,10 +266,7 @@ impl Collector {
         let Some(pace) = wanted.take_if(|_| self.waiting.len() < 2) else { return Ok(false) };
         let collected = self.pace.borrow().collects;
         let unfinished = match (collected, pace.collects) {
-            (true, true) => {
-                self.kernel.change_pace(pace.frequency, pace.following())?;
-                None
-            }
+            (true, true) => self.kernel.change_pace(pace.frequency, pace.following())?,
             (_, collects) => {
                 let unfinished = if collected { Some(self.kernel.stop()?) } else { None };
                 self.kernel.set_pace(pace.frequency, pace.following());

@@ -13,8 +13,8 @@ pub struct Pace {
     pub frequency: u64,
     /// Stacks of waits that each CPU may take per second; zero: every wait's.
     pub wait_stacks: u32,
-    /// One of 2^this waits is followed, of those that come too often.
-    pub wait_share: u32,
+    /// One of 2^this waits is followed, of those that come too often; `None`: no wait is.
+    pub wait_share: Option<u32>,
     /// What is seen stands for so many times as much: the schedule collects a part of the time.
     pub scale: f64,
     /// Whether source lines and inlined functions are looked for, where they are asked for.

@@ -15,8 +15,9 @@ pub const SITES: usize = 16_384;
 
 /// One of so many switches is timed.
 pub const TIMED_SWITCHES: u64 = 64;
-/// Most that [`WaitControl::share`] may be: one of 1,024 waits.
-pub const MAX_SHARE: u32 = 10;
+/// Most that [`WaitControl::share`] may be: one of 16 waits. Those that are left out cost half as much as any other, and the
+/// fewer are followed the less the few long ones among many short ones are worth.
+pub const MAX_SHARE: u32 = 4;
 /// Waits of a thread in each unit of [`USED_SHIFT`] that are followed whatever [`WaitControl::share`] says: who waits
 /// seldom costs little, and usually for long.
 pub const FIRST_WAITS: u8 = 32;
@@ -42,7 +43,8 @@ pub struct ThreadWait {
     pub unsampled: u8,
     /// This wait stands for 2^this.
     pub thinned: u8,
-    /// Waits that were followed in the unit of [`Self::used`], up to [`FIRST_WAITS`].
+    /// Waits that were followed in the unit of [`Self::used`], up to [`FIRST_WAITS`]; then so many more than that are left out
+    /// before the next one is followed.
     pub begun: u8,
     /// The thread; zero: the slot is free.
     pub thread: u32,

@@ -55,6 +55,27 @@ pub fn switch(ctx: &BtfTracePointContext, walk: impl Fn(&BtfTracePointContext, &
     cost::end_switch(began);
 }
 
+/// Whether the thread that leaves the CPU does so for the last time.
+#[inline(always)]
+fn is_ending(ctx: &BtfTracePointContext) -> bool {
+    !is_preempted(ctx) && state(ctx) & TASK_DEAD != 0
+}
+
+#[inline(always)]
+fn is_preempted(ctx: &BtfTracePointContext) -> bool {
+    ctx.arg::<u64>(0) & 1 == 1
+}
+
+/// The state in which a thread leaves the CPU.
+#[inline(always)]
+fn state(ctx: &BtfTracePointContext) -> u64 {
+    if loaded!(SETTINGS.has_state_argument) == 1 {
+        ctx.arg::<u64>(3) & 0xffff_ffff
+    } else {
+        u64::from(member::<u32>(ctx.arg(1), loaded!(LAYOUT.task_state)))
+    }
+}
+
 /// `sched_wakeup(task)`: from here on the thread only waits for a CPU. Used where the scheduler does not tell.
 #[inline(always)]
 pub fn wake(ctx: &BtfTracePointContext) {
@@ -240,17 +261,10 @@ fn leave(
 ) {
     let task: u64 = ctx.arg(1);
     let thread: u32 = member(task, loaded!(LAYOUT.task_pid));
-    let tgid = tgid(task);
     if thread == 0 {
         return;
     }
-    let is_preempted = ctx.arg::<u64>(0) & 1 == 1;
-    let state: u64 = if loaded!(SETTINGS.has_state_argument) == 1 {
-        ctx.arg::<u64>(3) & 0xffff_ffff
-    } else {
-        u64::from(member::<u32>(task, loaded!(LAYOUT.task_state)))
-    };
-    if !is_preempted && state & TASK_DEAD != 0 {
+    if is_ending(ctx) {
         if let Some(wait) = threads::find(thread) {
             sites::settle(task, wait);
             threads::forget(thread);
@@ -258,10 +272,12 @@ fn leave(
         return;
     }
     let Some(thinned) = ration::thin(ration, threads::find(thread), control.share, now) else { return };
+    let tgid = tgid(task);
     if scope::of(task, tgid) != scope::IN_SCOPE {
         return;
     }
-    let kind = if is_preempted || state == 0 {
+    let state = state(ctx);
+    let kind = if is_preempted(ctx) || state == 0 {
         EventKind::RunQueue
     } else if state & (TASK_UNINTERRUPTIBLE | TASK_NOLOAD) == TASK_UNINTERRUPTIBLE {
         EventKind::Uninterruptible

@@ -44,7 +44,7 @@ pub fn choose(ration: &mut Ration, rate: u64, wait: &ThreadWait, now: u64) -> Ch
         let expected = if wait.expected_ns == 0 { ration.typical_ns } else { u64::from(wait.expected_ns) };
         let expected = if expected > SHORTEST { expected } else { SHORTEST };
         if expected < ration.threshold_ns {
-            let random = random(ration, now);
+            let random = random(ration);
             // Most are told apart without a division, which takes as long as all the rest.
             if (random >> 8) * ration.threshold_ns >= expected << 25 && ration.threshold_ns < expected * MAX_WEIGHT {
                 return Choice::Represented;
@@ -99,8 +99,8 @@ fn next_period(ration: &mut Ration, now: u64, elapsed: u64, rate: u64) {
 
 /// A random number of 32 bits (xorshift64, by Marsaglia): the kernel's helper takes longer than all the rest.
 #[inline(always)]
-fn random(ration: &mut Ration, now: u64) -> u64 {
-    let mut state = if ration.random == 0 { now | 1 } else { ration.random };
+fn random(ration: &mut Ration) -> u64 {
+    let mut state = if ration.random == 0 { ration.compared_ns | 1 } else { ration.random };
     state ^= state << 13;
     state ^= state >> 7;
     state ^= state << 17;
@@ -109,7 +109,11 @@ fn random(ration: &mut Ration, now: u64) -> u64 {
 }
 
 /// Whether a wait that begins is followed, and how many it stands for then, as a power of two: where they are thinned out,
-/// `1 << share` of those that come too often.
+/// the first ones of each unit of time, and one of `1 << share` after them.
+///
+/// How many are left out between two that are followed is drawn when one is, from zero to twice as many as on average,
+/// since a number for each takes longer than to count down. Behind the first ones, the place between two is drawn that
+/// any wait might be in.
 #[inline(always)]
 pub fn thin(ration: &mut Ration, wait: Option<&mut ThreadWait>, share: u32, now: u64) -> Option<u8> {
     if share == 0 {
@@ -119,12 +123,31 @@ pub fn thin(ration: &mut Ration, wait: Option<&mut ThreadWait>, share: u32, now:
     if wait.used != (now >> USED_SHIFT) as u32 {
         wait.begun = 0;
     }
-    if wait.begun < FIRST_WAITS {
-        wait.begun += 1;
-        return Some(0);
+    if wait.begun > FIRST_WAITS {
+        wait.begun -= 1;
+        return None;
     }
-    let share = share & 15;
-    if random(ration, now) & ((1 << share) - 1) == 0 { Some(share as u8) } else { None }
+    Some(next_followed(ration, wait, share & 15))
+}
+
+#[cold]
+#[unsafe(link_section = ".text")]
+#[inline(never)]
+fn next_followed(ration: &mut Ration, wait: &mut ThreadWait, share: u32) -> u8 {
+    // (One of them is in each such number of waits, on average.)
+    let numbers = (2 << share) - 1;
+    let between = (random(ration) * numbers) >> 32;
+    if wait.begun == FIRST_WAITS {
+        wait.begun = FIRST_WAITS + between as u8;
+        return share as u8;
+    }
+    wait.begun += 1;
+    if wait.begun == FIRST_WAITS {
+        let other = (random(ration) * numbers) >> 32;
+        let rest = if other < between { other } else { between };
+        wait.begun = FIRST_WAITS + rest as u8;
+    }
+    0
 }
 
 /// Lets this CPU's totals and expectation learn from a wait that ended: it took `total`, and what it stands for was so

@@ -32,8 +32,8 @@ pub(super) fn render(page: &mut Page, stats: &Stats) {
         );
         page.gauge(
             "waits_followed_ratio",
-            "Share of waits that are followed, of those that come too often.",
-            1.0 / f64::from(1_u32 << effort.wait_share.min(31)),
+            "Share of waits that are followed, of those that come too often; 0: no waits are.",
+            effort.wait_share.map_or(0.0, |share| 1.0 / f64::from(1_u32 << share.min(31))),
         );
         page.gauge("names_budget_bytes", "Memory for names that the budget allows.", effort.names_bytes);
     }
