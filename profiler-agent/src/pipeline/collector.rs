@@ -8,7 +8,7 @@ use std::{
         Arc,
         mpsc::{SyncSender, TrySendError},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use profiler_common::abi::counter::Counter;
@@ -35,7 +35,7 @@ use crate::{
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
 /// Time between two looks at whether a change of pace may go on that had to wait.
 const RETRY_PACE: Duration = Duration::from_secs(1);
-/// Time between two looks at whether pods have changed that the scope asks about.
+/// Time between two looks at whether pods have changed that the scope asks about, and at whose turn it is.
 const FOLLOW_PODS: Duration = Duration::from_millis(500);
 
 /// What the collector waits for.
@@ -108,6 +108,7 @@ impl Collector {
             }
         };
         self.cgroups = Cgroups::read(self.kernel.cgroups().controller());
+        self.scope.set_turns(self.pace.borrow().replicas, SystemTime::now());
         self.set_scope(self.scope.rules().clone());
         let log = self.kernel.take_log().map(DebugLog::watch).transpose().map_err(unwatchable)?;
         let mut sources = Sources { notices, cgroups, side_band, overflow, log };
@@ -143,6 +144,7 @@ impl Collector {
         let mut window_opened = Instant::now();
         let mut wanted = None;
         loop {
+            let turns_left = self.scope.turns_left(SystemTime::now());
             tokio::select! {
                 _ = &mut orders.stopped => return Ok(()),
                 pace = changed(&mut orders.pace) => {
@@ -191,6 +193,7 @@ impl Collector {
                 }
                 () = flush_log(&mut sources.log) => {}
                 _ = looks.tick(), if self.table.is_expecting() => self.table.look_again(),
+                () = turns_end(turns_left) => self.change_turns(),
                 _ = pods.tick(), if self.scope.follows_pods() => self.scope.follow_pods(self.cgroups.iter()),
             }
         }
@@ -208,6 +211,14 @@ impl Collector {
     /// Puts other rules into force at once.
     pub(super) fn set_scope(&mut self, rules: Rules) {
         self.scope.apply(rules, self.cgroups.iter());
+    }
+
+    /// Looks at whose turn it is among replicas, if that has changed.
+    fn change_turns(&mut self) {
+        let now = SystemTime::now();
+        if self.scope.turns_left(now).is_some_and(|left| left.is_zero()) {
+            self.scope.change_turns(now, self.cgroups.iter());
+        }
     }
 
     /// Reads what the kernel announced: first processes, then what was mapped in them.
@@ -265,6 +276,11 @@ impl Collector {
         self.offer_waiting();
         let Some(pace) = wanted.take_if(|_| self.waiting.len() < 2) else { return Ok(false) };
         let collected = self.pace.borrow().collects;
+        // What is read below weighs what it did when it was taken, so nothing more is taken before the weights change.
+        let other_turns = (pace.replicas != self.pace.borrow().replicas).then_some(pace.replicas);
+        if other_turns.is_some() {
+            self.scope.withhold();
+        }
         let unfinished = match (collected, pace.collects) {
             (true, true) => {
                 self.kernel.change_pace(pace.frequency, pace.following())?;
@@ -281,6 +297,10 @@ impl Collector {
         };
         // The buffers are read afterwards, since that may take long.
         self.drain_epoch(overflow, unfinished.as_ref(), Some(pace))?;
+        if let Some(replicas) = other_turns {
+            self.scope.set_turns(replicas, SystemTime::now());
+            self.set_scope(self.scope.rules().clone());
+        }
         Ok(true)
     }
 
@@ -403,6 +423,12 @@ async fn changed<T: Clone>(order: &mut watch::Receiver<T>) -> T {
         std::future::pending::<()>().await;
     }
     order.borrow_and_update().clone()
+}
+
+/// Waits for turns to end, or for a moment, since clocks are set; for ever where none are taken.
+async fn turns_end(left: Option<Duration>) {
+    let Some(left) = left else { return std::future::pending().await };
+    tokio::time::sleep(left.min(FOLLOW_PODS)).await;
 }
 
 /// Waits for new code; for ever where it is not announced.

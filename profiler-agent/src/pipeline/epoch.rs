@@ -24,7 +24,8 @@ impl Collector {
         samples: &mut Vec<LocatedSample>,
         mut begun: Option<&mut Vec<LocatedSample>>,
     ) -> Result<(), KernelError> {
-        let (table, cgroups, waits, stats) = (&mut self.table, &mut self.cgroups, &mut self.waits, &self.stats);
+        let (table, cgroups, scope) = (&mut self.table, &mut self.cgroups, &self.scope);
+        let (waits, stats) = (&mut self.waits, &self.stats);
         let current = self.kernel.epoch();
         let mut locate = |sample: RawSample| {
             let cgroup = cgroups.get(sample.cgroup);
@@ -36,7 +37,10 @@ impl Collector {
                 let (key, count, waited, is_reference) = (sample.key, sample.count, sample.waited, sample.is_reference);
                 waits.add(key, count, waited, is_reference, locate(sample));
             }
-            Ok(sample) => {
+            Ok(mut sample) => {
+                let taken = sample.count;
+                sample.count = taken.saturating_mul(scope.weight(sample.cgroup));
+                stats.samples_extrapolated.add(sample.count - taken);
                 stats.samples_drained.add(sample.count);
                 stats.rows_drained.add(1);
                 stats.count_end(sample.end, sample.count);
@@ -96,7 +100,8 @@ impl Collector {
     fn add_waits(&self, samples: &mut Vec<LocatedSample>, mut settled: Vec<LocatedSample>) -> Result<(), KernelError> {
         let scale = self.pace.borrow().scale;
         for sample in &mut settled {
-            sample.scale(scale);
+            let weight = sample.process.cgroup.as_ref().map_or(1, |cgroup| self.scope.weight(cgroup.id));
+            sample.scale(scale * weight as f64);
             self.stats.count_wait_end(sample.end, sample.time_ns);
         }
         samples.extend(settled);
