@@ -38,6 +38,9 @@ const RETRY_PACE: Duration = Duration::from_secs(1);
 /// Time between two looks at whether pods have changed that the scope asks about, and at whose turn it is.
 const FOLLOW_PODS: Duration = Duration::from_millis(500);
 
+/// Time between two looks at whose turn it is, at least.
+const LEAST_TURN: Duration = Duration::from_millis(10);
+
 /// What the collector waits for.
 struct Sources {
     notices: AsyncFd<Ring>,
@@ -173,7 +176,7 @@ impl Collector {
                         guard.clear_ready();
                     }
                     self.learn(sources);
-                    self.drain(sources.overflow.get_mut(), false)?;
+                    self.drain(sources.overflow.get_mut(), false, false)?;
                 }
                 _ = drains.tick() => {
                     let closes_window = window.is_some_and(|window| window_opened.elapsed() + interval / 2 >= window);
@@ -189,11 +192,11 @@ impl Collector {
                     self.learn(sources);
                     let lost = sources.side_band.as_ref().map_or(0, |side_band| side_band.get_ref().lost());
                     self.stats.set_mappings_lost(lost);
-                    self.drain(sources.overflow.get_mut(), closes_window)?;
+                    self.drain(sources.overflow.get_mut(), closes_window, false)?;
                 }
                 () = flush_log(&mut sources.log) => {}
                 _ = looks.tick(), if self.table.is_expecting() => self.table.look_again(),
-                () = turns_end(turns_left) => self.change_turns(),
+                () = turns_end(turns_left) => self.change_turns(sources)?,
                 _ = pods.tick(), if self.scope.follows_pods() => self.scope.follow_pods(self.cgroups.iter()),
             }
         }
@@ -213,12 +216,24 @@ impl Collector {
         self.scope.apply(rules, self.cgroups.iter());
     }
 
-    /// Looks at whose turn it is among replicas, if that has changed.
-    fn change_turns(&mut self) {
+    /// Looks at whose turn it is among replicas, if that has changed. Waits are charged up to here, and in a next turn from its
+    /// beginning: what they cost in between is not what was seen of them.
+    fn change_turns(&mut self, sources: &mut Sources) -> Result<(), KernelError> {
         let now = SystemTime::now();
-        if self.scope.turns_left(now).is_some_and(|left| left.is_zero()) {
-            self.scope.change_turns(now, self.cgroups.iter());
+        if self.scope.turns_left(now).is_none_or(|left| !left.is_zero()) {
+            return Ok(());
         }
+        if self.waits.is_some() {
+            self.learn(sources);
+            self.offer_waiting();
+            if !self.waiting.is_empty() {
+                // (Turns may last longer, as long as all do.)
+                return Ok(());
+            }
+            self.drain(sources.overflow.get_mut(), false, true)?;
+        }
+        self.scope.change_turns(now, self.cgroups.iter());
+        Ok(())
     }
 
     /// Reads what the kernel announced: first processes, then what was mapped in them.
@@ -305,7 +320,7 @@ impl Collector {
     }
 
     /// Reads the sample buffers and hands the samples on.
-    fn drain(&mut self, overflow: &mut Ring, closes_window: bool) -> Result<(), KernelError> {
+    fn drain(&mut self, overflow: &mut Ring, closes_window: bool, ends_turn: bool) -> Result<(), KernelError> {
         self.offer_waiting();
         if let Some(waiting) = self.waiting.back_mut() {
             waiting.closes_window |= closes_window;
@@ -314,7 +329,7 @@ impl Collector {
         }
         let mut samples = Vec::new();
         let drained = self.read_rows(overflow, &mut samples, None);
-        let settled = self.settle_waits(&mut samples);
+        let settled = self.settle_waits(&mut samples, ends_turn);
         self.hand_on(samples, closes_window, None);
         self.end_drain()?;
         drained.and(settled)
@@ -332,7 +347,7 @@ impl Collector {
         let drained = self.read_rows(overflow, &mut ended, next.is_some().then_some(&mut begun));
         let settled = match unfinished {
             Some(unfinished) => self.end_waits(&mut ended, unfinished),
-            None => self.settle_waits(&mut ended),
+            None => self.settle_waits(&mut ended, false),
         };
         self.hand_on(ended, true, next.clone());
         if let Some(next) = next {
@@ -428,7 +443,7 @@ async fn changed<T: Clone>(order: &mut watch::Receiver<T>) -> T {
 /// Waits for turns to end, or for a moment, since clocks are set; for ever where none are taken.
 async fn turns_end(left: Option<Duration>) {
     let Some(left) = left else { return std::future::pending().await };
-    tokio::time::sleep(left.min(FOLLOW_PODS)).await;
+    tokio::time::sleep(left.clamp(LEAST_TURN, FOLLOW_PODS)).await;
 }
 
 /// Waits for new code; for ever where it is not announced.

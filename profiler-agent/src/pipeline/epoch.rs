@@ -56,8 +56,13 @@ impl Collector {
         })
     }
 
-    /// Adds what waits have cost since the last drain.
-    pub(super) fn settle_waits(&mut self, samples: &mut Vec<LocatedSample>) -> Result<(), KernelError> {
+    /// Adds what waits have cost since the last drain; `ends_turn`: those that are under way too, since others may be in scope
+    /// from now on.
+    pub(super) fn settle_waits(
+        &mut self,
+        samples: &mut Vec<LocatedSample>,
+        ends_turn: bool,
+    ) -> Result<(), KernelError> {
         let Some(waits) = &mut self.waits else { return Ok(()) };
         let mut threads = HashMap::new();
         self.kernel.take_wait_dues(SITE_IDLE, |due| {
@@ -66,6 +71,7 @@ impl Collector {
         let now = self.kernel.waiting_threads(|thread, wait| {
             threads.insert(thread, wait);
         });
+        let all = if ends_turn { threads.clone() } else { HashMap::new() };
         if self.scope.is_limited() {
             // What is out of scope now is not charged any more, however long it has been waiting.
             threads.retain(|_, wait| {
@@ -77,7 +83,11 @@ impl Collector {
         }
         // Where the threads could not be read, what has ended is still handed on.
         let now_ns = now.as_ref().map_or(0, |now| now.unwrap_or(0));
-        let settled = waits.settle(&threads, now_ns, false);
+        let settled = waits.settle(&threads, now_ns, ends_turn);
+        if ends_turn && now_ns != 0 {
+            waits.restart(&all, now_ns);
+            self.kernel.restart_waits(now_ns)?;
+        }
         self.add_waits(samples, settled)?;
         now.map(|_| ())
     }
