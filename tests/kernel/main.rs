@@ -19,6 +19,7 @@ mod privileges;
 mod receivers;
 mod recording;
 mod redaction;
+mod replicas;
 mod runtime_code;
 mod scope;
 mod servers;

@@ -13,8 +13,7 @@ use std::{
 use nix::sys::signal::Signal;
 use profiler_tests::{
     Background, Native, agent,
-    cluster::Cluster,
-    cluster::objects,
+    cluster::{Account, Cluster, objects},
     container::{Runc, remove_cgroups},
     eventually, free_port, http_get, kernel_is_usable, metric, native,
     recorded::{Frame, Sample, samples},
@@ -25,53 +24,79 @@ use serde_json::json;
 /// A cgroup below the root that nothing else uses, in the hierarchy that the agent follows.
 const ROOT: &str = "profiler-scope";
 const FREQUENCY: u64 = 499;
+/// How long it is watched that nothing is looked at; `PROFILER_SCOPE_SECONDS` makes it longer.
+const QUIET: Duration = Duration::from_secs(6);
 
 /// A daemon that writes profiles to a folder.
-struct Daemon {
+pub(crate) struct Daemon {
     agent: Background,
+    config: PathBuf,
     status: u16,
-    profiles: PathBuf,
+    pub(crate) profiles: PathBuf,
 }
 
 impl Daemon {
-    fn start(folder: &Path, event: &str, more: &str) -> Self {
+    pub(crate) fn start(folder: &Path, event: &str, more: &str) -> Self {
         let (profiles, status) = (folder.join("profiles"), free_port());
         let config = folder.join("agent.yaml");
-        let text = format!(
-            "sampling: {{frequency: {FREQUENCY}, event: {event}}}\n\
-             export: {{window: 1s, destinations: [], files: {{folder: {}, format: otlp}}}}\n\
-             status: {{listen: '127.0.0.1:{status}'}}\n{more}",
-            profiles.display(),
-        );
-        fs::write(&config, text).expect("a file");
+        fs::write(&config, configuration(&profiles, status, event, more)).expect("a file");
         let agent = Background::start(Command::new(agent()).args(["run", "--config"]).arg(&config));
         eventually("the daemon", Duration::from_secs(60), || {
             http_get(status, "/readyz").filter(|page| page.contains(" 200 "))
         });
-        Self { agent, status, profiles }
+        Self { agent, config, status, profiles }
     }
 
-    fn metric(&self, name: &str) -> f64 {
+    /// Replaces the end of the configuration file, as a ConfigMap's is replaced: all at once.
+    fn configure(&self, event: &str, more: &str) {
+        let next = self.config.with_extension("next");
+        let text = configuration(&self.profiles, self.status, event, more);
+        fs::write(&next, text).and_then(|()| fs::rename(&next, &self.config)).expect("a configuration file");
+    }
+
+    pub(crate) fn metric(&self, name: &str) -> f64 {
         metric(self.status, &format!("profiler_agent_{name}")).expect("a metric")
     }
 
     /// Waits until a metric is as expected; returns how long that took.
-    fn wait_for(&self, name: &str, is_as_expected: impl Fn(f64) -> bool) -> Duration {
+    pub(crate) fn wait_for(&self, name: &str, is_as_expected: impl Fn(f64) -> bool) -> Duration {
         let since = Instant::now();
         eventually(name, Duration::from_secs(60), || is_as_expected(self.metric(name)).then_some(()));
         since.elapsed()
     }
 
-    /// Ends it; every sample that it has written.
-    fn finish(self) -> Vec<Sample> {
+    /// Ends it; what it has said.
+    pub(crate) fn end(self) -> String {
         self.agent.signal(Signal::SIGTERM);
         let output = self.agent.finish();
-        let said = stderr(&output);
-        assert!(output.status.success(), "{said}");
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output)
+    }
+
+    /// Ends it; every sample that it has written.
+    fn finish(self) -> Vec<Sample> {
+        let profiles = self.profiles.clone();
+        let said = self.end();
         println!("{}", said.lines().filter(|line| line.contains("stopped")).collect::<Vec<_>>().join("\n"));
-        let files = fs::read_dir(&self.profiles).expect("a folder").map(|entry| entry.expect("an entry").path());
+        let files = fs::read_dir(&profiles).expect("a folder").map(|entry| entry.expect("an entry").path());
         files.flat_map(|file| samples(&fs::read(file).expect("a profile"))).collect()
     }
+}
+
+/// Enough for all that is done here, whatever else the machine does.
+fn configuration(profiles: &Path, status: u16, event: &str, more: &str) -> String {
+    format!(
+        "sampling: {{frequency: {FREQUENCY}, event: {event}}}\nbudget: {{cpu: 100%}}\n\
+         export: {{window: 1s, destinations: [], files: {{folder: {}, format: otlp}}}}\n\
+         status: {{listen: '127.0.0.1:{status}'}}\n{more}",
+        profiles.display(),
+    )
+}
+
+/// CPU time of a process with one thread, seconds.
+fn cpu_seconds(pid: u32) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/schedstat")).expect("a process");
+    text.split_ascii_whitespace().next().and_then(|time| time.parse::<f64>().ok()).expect("a time") / 1e9
 }
 
 /// What each program was recorded with: samples, and waits.
@@ -102,9 +127,7 @@ struct Cgroup;
 impl Cgroup {
     /// Makes a cgroup below the root of all.
     fn make(path: &str) -> PathBuf {
-        let by_controller = Path::new("/sys/fs/cgroup/pids");
-        let mount = if by_controller.is_dir() { by_controller } else { Path::new("/sys/fs/cgroup") };
-        let folder = mount.join(ROOT).join(path);
+        let folder = cgroup_folder(&format!("/{ROOT}/{path}"));
         fs::create_dir_all(&folder).expect("a cgroup");
         folder
     }
@@ -116,14 +139,21 @@ impl Drop for Cgroup {
     }
 }
 
+/// A cgroup's folder in the hierarchy that the agent follows.
+pub(crate) fn cgroup_folder(path: &str) -> PathBuf {
+    let by_controller = Path::new("/sys/fs/cgroup/pids");
+    let mount = if by_controller.is_dir() { by_controller } else { Path::new("/sys/fs/cgroup") };
+    mount.join(&path[1..])
+}
+
 /// A program that runs in a cgroup from its first instruction on.
-fn run_in(cgroup: &Path, program: &Path, arguments: &str) -> Background {
+pub(crate) fn run_in(cgroup: &Path, program: &Path, arguments: &str) -> Background {
     let script = format!("echo $$ >{}; exec {} {arguments}", cgroup.join("cgroup.procs").display(), program.display());
     Background::start(Command::new("sh").args(["-c", &script]))
 }
 
 /// Whether any process is called so.
-fn runs(name: &str) -> bool {
+pub(crate) fn runs(name: &str) -> bool {
     let mut processes = fs::read_dir("/proc").expect("a folder").flatten();
     processes.any(|entry| fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name))
 }
@@ -238,6 +268,74 @@ fn nothing_but_what_is_included_is_recorded() {
     assert!(strangers.is_empty(), "{strangers:?}");
 }
 
+/// A configuration that is written while the agent runs changes the scope within moments, by the kernel programs' own counts: of
+/// the only program that is included nothing is seen any more and no stack is taken, until another says otherwise.
+#[test]
+fn the_configuration_changes_the_scope() {
+    const PROGRAM: &str = "reconfigured";
+    if !kernel_is_usable() {
+        return;
+    }
+    let quiet = std::env::var("PROFILER_SCOPE_SECONDS")
+        .map_or(QUIET, |text| Duration::from_secs(text.parse().expect("seconds")));
+    let folder = scratch("scope-configuration");
+    let burner = named(&workload("burner"), &folder, PROGRAM);
+    let included = format!("scope: {{include: [{{executables: [{PROGRAM}]}}]}}\n");
+    let excluded =
+        format!("scope: {{include: [{{executables: [{PROGRAM}]}}], exclude: [{{executables: [{PROGRAM}]}}]}}\n");
+    let daemon = Daemon::start(&folder, "both", &included);
+    let seen = || daemon.metric("samples_seen_total");
+    let looks =
+        || ["samples_seen_total", "waits_sampled_total", "samples_out_of_scope_total"].map(|name| daemon.metric(name));
+    let program = Background::start(Command::new(&burner).args(["1", "600"]));
+    daemon.wait_for("samples_seen_total", |seen| seen > 3.0 * FREQUENCY as f64);
+
+    daemon.configure("both", &excluded);
+    // All of its CPU time was seen so far, and after that as much as remains in the end.
+    let used = cpu_seconds(program.pid());
+    let mut last = seen();
+    eventually("an end of samples", Duration::from_secs(60), || {
+        // (Counts are read once a second.)
+        thread::sleep(Duration::from_millis(1500));
+        let before = std::mem::replace(&mut last, seen());
+        (last == before).then_some(())
+    });
+    let later = last / FREQUENCY as f64 - used;
+    println!("excluded: {last} samples seen, {later:+.3} s of CPU time after the configuration was written");
+    assert!(later <= 2.0, "{later}");
+
+    let (before, used) = (looks(), cpu_seconds(program.pid()));
+    thread::sleep(quiet);
+    let (after, used) = (looks(), cpu_seconds(program.pid()) - used);
+    let [seen_since, stacks_since, out] = [0, 1, 2].map(|index| after[index] - before[index]);
+    println!(
+        "in {quiet:?} of which it used the CPU for {used:.1} s: {seen_since} samples seen, {stacks_since} stacks of waits \
+         taken, {out} events out of scope"
+    );
+    assert_eq!([seen_since, stacks_since], [0.0, 0.0]);
+    assert!(out > used * FREQUENCY as f64 / 2.0, "{out}");
+
+    daemon.configure("both", &included);
+    let returned = daemon.wait_for("samples_seen_total", |seen| seen > last);
+    println!("included again, and counted {returned:?} after that was written (counts are read once a second)");
+    drop(program);
+    let samples = daemon.finish();
+    let strangers: Vec<_> = samples.iter().map(|sample| &sample.process).filter(|name| *name != PROGRAM).collect();
+    // (`sh` and the like have its name before their program's.)
+    assert!(strangers.is_empty(), "{strangers:?}");
+}
+
+/// A cluster's node and namespace `shop`, and the account of an agent there.
+pub(crate) fn cluster_with_account(cluster: &Cluster, node: &str) -> Account {
+    cluster.create(&objects::node(node));
+    cluster.create(&objects::namespace("shop"));
+    let rbac = ["namespace.yaml", "serviceaccount.yaml", "rbac.yaml"];
+    for file in rbac.map(|file| profiler_tests::workspace().join("deploy/manifests/base").join(file)) {
+        cluster.apply(&fs::read_to_string(file).expect("a manifest"));
+    }
+    cluster.account("profiler-agent", "profiler-agent")
+}
+
 /// Whoever owns a pod takes it out of scope by an annotation, and back in, while it runs.
 #[test]
 fn annotations_are_followed() {
@@ -253,13 +351,7 @@ fn annotations_are_followed() {
     }
     let Some(cluster) = Cluster::start("scope") else { return };
     let (folder, _pods) = (scratch("scope-agent"), Pods);
-    cluster.create(&objects::node(NODE));
-    cluster.create(&objects::namespace("shop"));
-    let rbac = ["namespace.yaml", "serviceaccount.yaml", "rbac.yaml"];
-    for file in rbac.map(|file| profiler_tests::workspace().join("deploy/manifests/base").join(file)) {
-        cluster.apply(&fs::read_to_string(file).expect("a manifest"));
-    }
-    let account = cluster.account("profiler-agent", "profiler-agent");
+    let account = cluster_with_account(&cluster, NODE);
     let names = ["quiet", "loud", "private"].map(str::to_owned);
     let runc = Runc::new("scope-containers", "burner", &names);
     let pod = |name: &str| objects::pod("shop", name, NODE, &["main"]);

@@ -1,6 +1,10 @@
 //! Recordings in OTLP's format, read back: samples, and all that is told about their frames.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use opentelemetry_proto::tonic::{
     collector::profiles::v1development::ExportProfilesServiceRequest,
@@ -60,6 +64,14 @@ pub fn duration(recording: &[u8]) -> Duration {
     let scopes = request.resource_profiles.iter().flat_map(|resource| &resource.scope_profiles);
     let profiles = scopes.flat_map(|scope| &scope.profiles);
     Duration::from_nanos(profiles.map(|profile| profile.duration_nano).max().unwrap_or_default())
+}
+
+/// When a recording of one window began.
+pub fn begin(recording: &[u8]) -> SystemTime {
+    let request = ExportProfilesServiceRequest::decode(recording).expect("an export request");
+    let scopes = request.resource_profiles.iter().flat_map(|resource| &resource.scope_profiles);
+    let profiles = scopes.flat_map(|scope| &scope.profiles);
+    UNIX_EPOCH + Duration::from_nanos(profiles.map(|profile| profile.time_unix_nano).min().unwrap_or_default())
 }
 
 /// Every sample of a recording.

@@ -7,6 +7,8 @@ use std::time::Duration;
 pub struct Stopped {
     /// Samples the kernel saw.
     pub seen: u64,
+    /// Samples for which others stand: of replicas whose turn it was not.
+    pub extrapolated: u64,
     /// Samples that the destination accepted.
     pub exported: u64,
     /// Samples that the kernel programs could not keep.
@@ -45,10 +47,11 @@ impl Stopped {
         });
         Self {
             seen: of("seen "),
+            // (Told where there are some, like the last ones.)
+            extrapolated: number(books, "extrapolated ").unwrap_or(0),
             exported: of("exported "),
             lost: of("lost in kernel "),
             dropped: of("dropped "),
-            // (Told where there are some.)
             spool: number(books, "left in the spool ").unwrap_or(0),
             recovered: number(books, "from earlier runs ").unwrap_or(0),
             waited,
@@ -57,7 +60,7 @@ impl Stopped {
 
     /// Whether every sample is accounted for, once.
     pub fn balances(&self) -> bool {
-        self.seen + self.recovered == self.exported + self.lost + self.dropped + self.spool
+        self.seen + self.extrapolated + self.recovered == self.exported + self.lost + self.dropped + self.spool
     }
 }
 

@@ -241,6 +241,7 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
             wait_stacks: recording.waits.stacks_per_second,
             wait_share: Some(0),
             scale: 1.0,
+            replicas: None,
             detail: true,
             names_bytes: NAMES_BYTES,
             marks: Arc::default(),

@@ -6,7 +6,8 @@ use profiler_common::abi::counter::Counter;
 
 use crate::{profile::Events, status::Stats};
 
-/// How the books balance, for each destination: what was seen, and what earlier runs left, is exported, lost, dropped or still
+/// How the books balance, for each destination: what was seen, what that
+/// stands for, and what earlier runs left, is exported, lost, dropped or still
 /// in the spool.
 pub(super) fn books(stats: &Stats, events: Events) -> Vec<String> {
     let destinations = stats.destinations();
@@ -25,6 +26,10 @@ pub(super) fn books(stats: &Stats, events: Events) -> Vec<String> {
                 stats.lost_in_kernel(),
                 dropped.samples,
             );
+            let extrapolated = stats.samples_extrapolated.get();
+            if extrapolated > 0 {
+                line += &format!(", extrapolated {extrapolated}");
+            }
             if recovered.samples > 0 || spool.tally.samples > 0 {
                 line +=
                     &format!(", left in the spool {}; from earlier runs {}", spool.tally.samples, recovered.samples);

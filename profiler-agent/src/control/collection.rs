@@ -72,7 +72,7 @@ impl Collection {
         })?;
         stats.keep_kernel_counters();
         let (attachments, counters) = (kernel.attachments(), kernel.counters());
-        if config.scope.are_strict() {
+        if config.scope.are_strict() || pace.replicas.is_some() {
             kernel.withhold()?;
         }
         kernel.attach_notices()?;

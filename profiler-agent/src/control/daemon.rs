@@ -140,8 +140,11 @@ pub async fn run(options: Options, config: Config) -> anyhow::Result<ExitCode> {
         humantime::format_duration(daemon.config.export.window),
         listen,
     );
-    if !daemon.config.capture.rules.is_empty() || daemon.config.schedule.replicas.is_some() {
-        warn!("capture.rules and schedule.replicas are not carried out by this version: nothing comes of them");
+    if !daemon.config.capture.rules.is_empty() {
+        warn!("capture.rules are not carried out by this version: nothing comes of them");
+    }
+    if daemon.config.schedule.replicas.is_some() && daemon.config.kubernetes.is_none() {
+        warn!("schedule.replicas holds for nobody: nothing here knows pods (see kubernetes)");
     }
     if let Some(number) = kernel::pid_namespace() {
         info!("only processes of the agent's own PID namespace ({number}) are seen");
@@ -318,7 +321,7 @@ impl Daemon {
         if self.phase.collects && self.governor.observe(spent, memory, collection.has_reached_pace()) {
             let effort = self.governor.effort();
             info!("{}", describe(&effort, &wanted(&self.config), cost, budget));
-            collection.set_pace(pace(&self.config, &effort, &self.phase));
+            collection.set_pace(self.pace());
             kernel::release_free_memory();
         }
         self.stats.control.set(ControlStats {
@@ -332,7 +335,7 @@ impl Daemon {
     }
 
     fn pace(&self) -> Pace {
-        pace(&self.config, &self.governor.effort(), &self.phase)
+        pace(&self.config, &self.governor.effort(), &self.phase, self.schedule.replicas())
     }
 
     /// Begins and ends to collect as the schedule has it.

@@ -2,7 +2,7 @@
 
 use super::{
     governor::{FILES_PART, Governor},
-    schedule::{NotAMember, Phase, Schedule},
+    schedule::{NotAMember, Phase, Replicas, Schedule},
 };
 use crate::{config::Config, kernel, pipeline::Pace, profile::Mark};
 
@@ -49,7 +49,7 @@ pub(super) fn deferred_work(config: &Config) -> f64 {
 }
 
 /// What the pipeline is told of it.
-pub(super) fn pace(config: &Config, effort: &Effort, phase: &Phase) -> Pace {
+pub(super) fn pace(config: &Config, effort: &Effort, phase: &Phase, replicas: Option<Replicas>) -> Pace {
     let mut marks = Vec::new();
     let wanted = wanted(config);
     if *effort != (Effort { names_bytes: effort.names_bytes, ..wanted }) {
@@ -61,12 +61,16 @@ pub(super) fn pace(config: &Config, effort: &Effort, phase: &Phase) -> Pace {
     if phase.scale > 1.0 {
         marks.push(Mark { name: "profiler.schedule.share", value: format!("{:.6}", 1.0 / phase.scale).into() });
     }
+    if let Some(replicas) = replicas {
+        marks.push(Mark { name: "profiler.schedule.replicas", value: format!("1/{}", replicas.scale()).into() });
+    }
     Pace {
         collects: phase.collects,
         frequency: effort.frequency,
         wait_stacks: effort.wait_stacks,
         wait_share: effort.wait_share,
         scale: phase.scale,
+        replicas,
         detail: effort.detail,
         names_bytes: effort.names_bytes,
         marks: marks.into(),

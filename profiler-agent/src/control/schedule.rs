@@ -70,7 +70,7 @@ pub struct NotAMember(pub String);
 pub struct Phase {
     /// Whether this node collects.
     pub collects: bool,
-    /// When to ask again: later than now, by one slot at most. Turns of replicas change no earlier either.
+    /// When to ask again: later than now, by one slot at most.
     pub until: SystemTime,
     /// What samples of this node stand for: the inverse of the share of time that it collects. The same in all phases, since
     /// sums are only right on average if a sample's weight does not depend on when it was taken.
@@ -86,8 +86,16 @@ pub struct Schedule {
     /// Hash of this node's name.
     node: u64,
     nodes: Option<Place>,
-    replicas: Option<u32>,
+    replicas: Option<Replicas>,
     probability: f64,
+}
+
+/// Groups of each workload's pods that take turns: one slot each in every cycle. The same on all nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replicas {
+    of: u32,
+    /// Nanoseconds of a slot.
+    every: u64,
 }
 
 /// One of `of` groups that take turns.
@@ -125,7 +133,7 @@ impl Schedule {
             collect: nanoseconds(settings.collect).clamp(1, every),
             node: hash(node),
             nodes: settings.nodes.as_ref().map(place).transpose()?,
-            replicas: settings.replicas.filter(|&of| of > 1),
+            replicas: settings.replicas.filter(|&of| of > 1).map(|of| Replicas { of, every }),
             probability: settings.probability,
         })
     }
@@ -150,17 +158,9 @@ impl Schedule {
         self.every as f64 / self.collect as f64 * f64::from(turns) / self.probability
     }
 
-    /// Whether it is this pod's turn among the replicas of its workload, which has to be called the same on all nodes. It is
-    /// collected while its node collects, too.
-    pub fn replica_turn(&self, workload: &str, pod: &str, now: SystemTime) -> bool {
-        let Some(of) = self.replicas else { return true };
-        let place = Place { group: group_of(pod, of), of };
-        place.has_turn(&[purpose::REPLICAS, hash(workload)], self.moment(now).slot)
-    }
-
-    /// What samples of a replica stand for, beyond those of its node.
-    pub fn replica_scale(&self) -> f64 {
-        f64::from(self.replicas.unwrap_or(1))
+    /// The replicas that take turns; they are collected while their node collects, too.
+    pub fn replicas(&self) -> Option<Replicas> {
+        self.replicas
     }
 
     fn takes_part(&self, slot: i128) -> bool {
@@ -183,12 +183,41 @@ impl Schedule {
     }
 
     fn moment(&self, now: SystemTime) -> Moment {
+        Moment::of(now, self.every)
+    }
+}
+
+impl Replicas {
+    /// Whether it is this pod's turn among the replicas of its workload, which has to be called the same on all nodes.
+    pub fn has_turn(&self, workload: &str, pod: &str, now: SystemTime) -> bool {
+        let place = Place { group: group_of(pod, self.of), of: self.of };
+        place.has_turn(&[purpose::REPLICAS, hash(workload)], Moment::of(now, self.every).slot)
+    }
+
+    /// Whether turns are the same at both times.
+    pub fn is_same_turn(&self, one: SystemTime, other: SystemTime) -> bool {
+        Moment::of(one, self.every).slot == Moment::of(other, self.every).slot
+    }
+
+    /// How long turns stay as they are.
+    pub fn time_left(&self, now: SystemTime) -> Duration {
+        Duration::from_nanos(self.every - Moment::of(now, self.every).within)
+    }
+
+    /// What samples of a replica stand for, beyond those of its node: turns in a cycle.
+    pub fn scale(&self) -> u64 {
+        u64::from(self.of)
+    }
+}
+
+impl Moment {
+    fn of(now: SystemTime, every: u64) -> Self {
         let since_epoch = match now.duration_since(UNIX_EPOCH) {
             Ok(after) => after.as_nanos() as i128,
             Err(error) => -(error.duration().as_nanos() as i128),
         };
-        let every = i128::from(self.every);
-        Moment { slot: since_epoch.div_euclid(every), within: since_epoch.rem_euclid(every) as u64 }
+        let every = i128::from(every);
+        Self { slot: since_epoch.div_euclid(every), within: since_epoch.rem_euclid(every) as u64 }
     }
 }
 
@@ -327,8 +356,9 @@ mod tests {
         let run = |workload: &str, from, wave| {
             simulate(from, wave, |replica, now| {
                 let (node, phase) = (&nodes[replica], nodes[replica].at(now));
-                let is_collected = phase.collects && node.replica_turn(workload, &pods[replica], now);
-                is_collected.then_some(phase.scale * node.replica_scale())
+                let replicas = node.replicas().expect("they take turns");
+                let is_collected = phase.collects && replicas.has_turn(workload, &pods[replica], now);
+                is_collected.then_some(phase.scale * replicas.scale() as f64)
             })
         };
         println!("replica  seconds  CPU seconds   scaled");
@@ -472,14 +502,13 @@ mod tests {
     #[test]
     fn always_by_default() {
         let node = schedule(&Settings::default(), "n");
-        assert!(node.is_always() && node.at(second(5)).collects && node.replica_turn("w", "p", second(5)));
+        assert!(node.is_always() && node.at(second(5)).collects && node.replicas().is_none());
         assert_eq!(node.at(second(5)), Phase { collects: true, until: second(60), scale: 1.0 });
-        assert_eq!(node.replica_scale(), 1.0);
         assert!(!schedule(&ten_of_sixty(), "n").is_always());
         assert!(!schedule(&Settings { replicas: Some(2), ..Settings::default() }, "n").is_always());
         let all = Settings { nodes: in_groups(20), replicas: Some(5), probability: 0.1, ..ten_of_sixty() };
         let node = schedule(&all, "n");
-        assert!((node.scale() - 1200.0).abs() < 1e-9 && (node.replica_scale() - 5.0).abs() < 1e-9);
+        assert!((node.scale() - 1200.0).abs() < 1e-9 && node.replicas().is_some_and(|replicas| replicas.scale() == 5));
     }
 
     /// Clocks that jump, or show times before 1970 or far from now, are clocks like others.
@@ -498,7 +527,10 @@ mod tests {
                     let phase = node.at(now);
                     let lasts = phase.until.duration_since(now).expect("no earlier than now");
                     assert!(lasts <= every.max(Duration::from_nanos(1)));
-                    node.replica_turn("w", "p-1", now);
+                    let replicas = node.replicas().expect("they take turns");
+                    replicas.has_turn("w", "p-1", now);
+                    let left = replicas.time_left(now);
+                    assert!(!left.is_zero() && left <= every.max(Duration::from_nanos(1)));
                 }
             }
         }
@@ -518,7 +550,8 @@ mod tests {
         let node = schedule(&settings, "node-2");
         let slots_of = |has: &dyn Fn(u64) -> bool, slots| (0..slots).filter(|&slot| has(slot)).collect::<Vec<u64>>();
         assert_eq!(slots_of(&|slot| node.takes_part(slot.into()), 25), [3, 5, 10, 15, 24]);
-        let replica_turn = |slot| node.replica_turn("w", "p-3", second(60 * slot));
+        let replicas = node.replicas().expect("they take turns");
+        let replica_turn = |slot| replicas.has_turn("w", "p-3", second(60 * slot));
         assert_eq!(slots_of(&replica_turn, 25), [3, 9, 10, 17, 21]);
         assert_eq!(node.part_of_slot(0, 31_855_951_780), (true, 10_000_000_000));
         let seldom = schedule(&Settings { probability: 0.1, ..Settings::default() }, "node-2");

@@ -342,6 +342,11 @@ impl Kernel {
         waits.map(|waits| waits.threads(thread)).transpose()
     }
 
+    /// Charges waits from this time on: what they have cost before was charged.
+    pub fn restart_waits(&mut self, since_ns: u64) -> Result<(), KernelError> {
+        self.control.restart(since_ns)
+    }
+
     /// Takes what places of waits are due (or owe), and frees those that were not used in the last `idle`.
     pub fn take_wait_dues(&self, idle: Duration, due: impl FnMut(WaitDue)) {
         if let Some(waits) = &self.waits {

@@ -118,6 +118,12 @@ impl Control {
         })
     }
 
+    /// Charges waits from this time on.
+    pub(super) fn restart(&mut self, since_ns: u64) -> Result<(), KernelError> {
+        let ControlCell(before) = self.0.get(&0, 0)?;
+        self.set(WaitControl { since_ns, ..before })
+    }
+
     pub(super) fn set(&mut self, control: WaitControl) -> Result<(), KernelError> {
         Ok(self.0.set(0, ControlCell(control), 0)?)
     }

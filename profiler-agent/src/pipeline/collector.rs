@@ -8,7 +8,7 @@ use std::{
         Arc,
         mpsc::{SyncSender, TrySendError},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use profiler_common::abi::counter::Counter;
@@ -35,8 +35,11 @@ use crate::{
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
 /// Time between two looks at whether a change of pace may go on that had to wait.
 const RETRY_PACE: Duration = Duration::from_secs(1);
-/// Time between two looks at whether pods have changed that the scope asks about.
+/// Time between two looks at whether pods have changed that the scope asks about, and at whose turn it is.
 const FOLLOW_PODS: Duration = Duration::from_millis(500);
+
+/// Time between two looks at whose turn it is, at least.
+const LEAST_TURN: Duration = Duration::from_millis(10);
 
 /// What the collector waits for.
 struct Sources {
@@ -108,6 +111,7 @@ impl Collector {
             }
         };
         self.cgroups = Cgroups::read(self.kernel.cgroups().controller());
+        self.scope.set_turns(self.pace.borrow().replicas, SystemTime::now());
         self.set_scope(self.scope.rules().clone());
         let log = self.kernel.take_log().map(DebugLog::watch).transpose().map_err(unwatchable)?;
         let mut sources = Sources { notices, cgroups, side_band, overflow, log };
@@ -143,6 +147,7 @@ impl Collector {
         let mut window_opened = Instant::now();
         let mut wanted = None;
         loop {
+            let turns_left = self.scope.turns_left(SystemTime::now());
             tokio::select! {
                 _ = &mut orders.stopped => return Ok(()),
                 pace = changed(&mut orders.pace) => {
@@ -171,7 +176,7 @@ impl Collector {
                         guard.clear_ready();
                     }
                     self.learn(sources);
-                    self.drain(sources.overflow.get_mut(), false)?;
+                    self.drain(sources.overflow.get_mut(), false, false)?;
                 }
                 _ = drains.tick() => {
                     let closes_window = window.is_some_and(|window| window_opened.elapsed() + interval / 2 >= window);
@@ -187,10 +192,11 @@ impl Collector {
                     self.learn(sources);
                     let lost = sources.side_band.as_ref().map_or(0, |side_band| side_band.get_ref().lost());
                     self.stats.set_mappings_lost(lost);
-                    self.drain(sources.overflow.get_mut(), closes_window)?;
+                    self.drain(sources.overflow.get_mut(), closes_window, false)?;
                 }
                 () = flush_log(&mut sources.log) => {}
                 _ = looks.tick(), if self.table.is_expecting() => self.table.look_again(),
+                () = turns_end(turns_left) => self.change_turns(sources)?,
                 _ = pods.tick(), if self.scope.follows_pods() => self.scope.follow_pods(self.cgroups.iter()),
             }
         }
@@ -208,6 +214,26 @@ impl Collector {
     /// Puts other rules into force at once.
     pub(super) fn set_scope(&mut self, rules: Rules) {
         self.scope.apply(rules, self.cgroups.iter());
+    }
+
+    /// Looks at whose turn it is among replicas, if that has changed. Waits are charged up to here, and in a next turn from its
+    /// beginning: what they cost in between is not what was seen of them.
+    fn change_turns(&mut self, sources: &mut Sources) -> Result<(), KernelError> {
+        let now = SystemTime::now();
+        if self.scope.turns_left(now).is_none_or(|left| !left.is_zero()) {
+            return Ok(());
+        }
+        if self.waits.is_some() {
+            self.learn(sources);
+            self.offer_waiting();
+            if !self.waiting.is_empty() {
+                // (Turns may last longer, as long as all do.)
+                return Ok(());
+            }
+            self.drain(sources.overflow.get_mut(), false, true)?;
+        }
+        self.scope.change_turns(now, self.cgroups.iter());
+        Ok(())
     }
 
     /// Reads what the kernel announced: first processes, then what was mapped in them.
@@ -265,6 +291,11 @@ impl Collector {
         self.offer_waiting();
         let Some(pace) = wanted.take_if(|_| self.waiting.len() < 2) else { return Ok(false) };
         let collected = self.pace.borrow().collects;
+        // What is read below weighs what it did when it was taken, so nothing more is taken before the weights change.
+        let other_turns = (pace.replicas != self.pace.borrow().replicas).then_some(pace.replicas);
+        if other_turns.is_some() {
+            self.scope.withhold();
+        }
         let unfinished = match (collected, pace.collects) {
             (true, true) => self.kernel.change_pace(pace.frequency, pace.following())?,
             (_, collects) => {
@@ -278,11 +309,15 @@ impl Collector {
         };
         // The buffers are read afterwards, since that may take long.
         self.drain_epoch(overflow, unfinished.as_ref(), Some(pace))?;
+        if let Some(replicas) = other_turns {
+            self.scope.set_turns(replicas, SystemTime::now());
+            self.set_scope(self.scope.rules().clone());
+        }
         Ok(true)
     }
 
     /// Reads the sample buffers and hands the samples on.
-    fn drain(&mut self, overflow: &mut Ring, closes_window: bool) -> Result<(), KernelError> {
+    fn drain(&mut self, overflow: &mut Ring, closes_window: bool, ends_turn: bool) -> Result<(), KernelError> {
         self.offer_waiting();
         if let Some(waiting) = self.waiting.back_mut() {
             waiting.closes_window |= closes_window;
@@ -291,7 +326,7 @@ impl Collector {
         }
         let mut samples = Vec::new();
         let drained = self.read_rows(overflow, &mut samples, None);
-        let settled = self.settle_waits(&mut samples);
+        let settled = self.settle_waits(&mut samples, ends_turn);
         self.hand_on(samples, closes_window, None);
         self.end_drain()?;
         drained.and(settled)
@@ -309,7 +344,7 @@ impl Collector {
         let drained = self.read_rows(overflow, &mut ended, next.is_some().then_some(&mut begun));
         let settled = match unfinished {
             Some(unfinished) => self.end_waits(&mut ended, unfinished),
-            None => self.settle_waits(&mut ended),
+            None => self.settle_waits(&mut ended, false),
         };
         self.hand_on(ended, true, next.clone());
         if let Some(next) = next {
@@ -400,6 +435,12 @@ async fn changed<T: Clone>(order: &mut watch::Receiver<T>) -> T {
         std::future::pending::<()>().await;
     }
     order.borrow_and_update().clone()
+}
+
+/// Waits for turns to end, or for a moment, since clocks are set; for ever where none are taken.
+async fn turns_end(left: Option<Duration>) {
+    let Some(left) = left else { return std::future::pending().await };
+    tokio::time::sleep(left.clamp(LEAST_TURN, FOLLOW_PODS)).await;
 }
 
 /// Waits for new code; for ever where it is not announced.

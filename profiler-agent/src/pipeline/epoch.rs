@@ -24,7 +24,8 @@ impl Collector {
         samples: &mut Vec<LocatedSample>,
         mut begun: Option<&mut Vec<LocatedSample>>,
     ) -> Result<(), KernelError> {
-        let (table, cgroups, waits, stats) = (&mut self.table, &mut self.cgroups, &mut self.waits, &self.stats);
+        let (table, cgroups, scope) = (&mut self.table, &mut self.cgroups, &self.scope);
+        let (waits, stats) = (&mut self.waits, &self.stats);
         let current = self.kernel.epoch();
         let mut locate = |sample: RawSample| {
             let cgroup = cgroups.get(sample.cgroup);
@@ -36,7 +37,10 @@ impl Collector {
                 let (key, count, waited, is_reference) = (sample.key, sample.count, sample.waited, sample.is_reference);
                 waits.add(key, count, waited, is_reference, locate(sample));
             }
-            Ok(sample) => {
+            Ok(mut sample) => {
+                let taken = sample.count;
+                sample.count = taken.saturating_mul(scope.weight(sample.cgroup));
+                stats.samples_extrapolated.add(sample.count - taken);
                 stats.samples_drained.add(sample.count);
                 stats.rows_drained.add(1);
                 stats.count_end(sample.end, sample.count);
@@ -52,8 +56,13 @@ impl Collector {
         })
     }
 
-    /// Adds what waits have cost since the last drain.
-    pub(super) fn settle_waits(&mut self, samples: &mut Vec<LocatedSample>) -> Result<(), KernelError> {
+    /// Adds what waits have cost since the last drain; `ends_turn`: those that are under way too, since others may be in scope
+    /// from now on.
+    pub(super) fn settle_waits(
+        &mut self,
+        samples: &mut Vec<LocatedSample>,
+        ends_turn: bool,
+    ) -> Result<(), KernelError> {
         let Some(waits) = &mut self.waits else { return Ok(()) };
         let mut threads = HashMap::new();
         self.kernel.take_wait_dues(SITE_IDLE, |due| {
@@ -62,6 +71,7 @@ impl Collector {
         let now = self.kernel.waiting_threads(|thread, wait| {
             threads.insert(thread, wait);
         });
+        let all = if ends_turn { threads.clone() } else { HashMap::new() };
         if self.scope.is_limited() {
             // What is out of scope now is not charged any more, however long it has been waiting.
             threads.retain(|_, wait| {
@@ -73,7 +83,11 @@ impl Collector {
         }
         // Where the threads could not be read, what has ended is still handed on.
         let now_ns = now.as_ref().map_or(0, |now| now.unwrap_or(0));
-        let settled = waits.settle(&threads, now_ns, false);
+        let settled = waits.settle(&threads, now_ns, ends_turn);
+        if ends_turn && now_ns != 0 {
+            waits.restart(&all, now_ns);
+            self.kernel.restart_waits(now_ns)?;
+        }
         self.add_waits(samples, settled)?;
         now.map(|_| ())
     }
@@ -96,7 +110,8 @@ impl Collector {
     fn add_waits(&self, samples: &mut Vec<LocatedSample>, mut settled: Vec<LocatedSample>) -> Result<(), KernelError> {
         let scale = self.pace.borrow().scale;
         for sample in &mut settled {
-            sample.scale(scale);
+            let weight = sample.process.cgroup.as_ref().map_or(1, |cgroup| self.scope.weight(cgroup.id));
+            sample.scale(scale * weight as f64);
             self.stats.count_wait_end(sample.end, sample.time_ns);
         }
         samples.extend(settled);

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::{kernel::Following, profile::Mark};
+use crate::{control::schedule::Replicas, kernel::Following, profile::Mark};
 
 /// How closely a machine is looked at. It may change at any time; each profile is of one pace.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +17,8 @@ pub struct Pace {
     pub wait_share: Option<u32>,
     /// What is seen stands for so many times as much: the schedule collects a part of the time.
     pub scale: f64,
+    /// Replicas that take turns, and stand for so many times as much again.
+    pub replicas: Option<Replicas>,
     /// Whether source lines and inlined functions are looked for, where they are asked for.
     pub detail: bool,
     /// Bytes for named frames and for symbols of files.

@@ -5,6 +5,10 @@
 pub struct PodFacts {
     /// Its namespace.
     pub namespace: Box<str>,
+    /// Its name.
+    pub name: Box<str>,
+    /// What it is a replica of, called the same on all nodes: `shop/Deployment/web`. `None`: of nothing.
+    pub workload: Option<Box<str>>,
     /// The container in it that the cgroup is of, once that is known.
     pub container: Option<Box<str>>,
     /// Labels that were asked for: names and values.

@@ -36,12 +36,8 @@ pub fn scope(bytes: &[u8]) {
         ],
         honor_annotation: true,
     };
-    let pod = PodFacts {
-        namespace: namespace.into(),
-        container: None,
-        labels: vec![("name".into(), value.into())],
-        annotations: Vec::new(),
-    };
+    let pod =
+        PodFacts { namespace: namespace.into(), labels: vec![("name".into(), value.into())], ..PodFacts::default() };
     let cgroup = Cgroup {
         id: CgroupId(1),
         path: path.into(),

@@ -1,17 +1,19 @@
 //! Who is recorded: finds out which rules processes and cgroups meet, and tells the kernel programs, which decide.
 //!
-//! In: rules, notices, the table of cgroups, and what is known of pods. Out: entries of the kernel's maps. Whoever is
+//! In: rules, whose turn it is, notices, the table of cgroups, and what is known of pods. Out: entries of the kernel's maps. Whoever is
 //! new takes after its parent there, before anything is known of it here.
 
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
 mod proc_fs;
 mod rules;
+mod turns;
 
 use std::{
     collections::{HashMap, HashSet},
     io,
     sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use profiler_common::abi::{
@@ -21,9 +23,15 @@ use profiler_common::abi::{
 use tracing::{debug, info, warn};
 use zerocopy::FromBytes as _;
 
-use self::rules::{Executable, PodOf};
 pub use self::rules::{MAX_MATCHERS, Matcher, Rules};
-use crate::profile::{Cgroup, CgroupId, PodFacts};
+use self::{
+    rules::{Executable, PodOf},
+    turns::Turns,
+};
+use crate::{
+    control::schedule::Replicas,
+    profile::{Cgroup, CgroupId, PodFacts},
+};
 
 /// Drains for which what is known of an exited process is kept: ending takes CPU time too.
 const KEEP_EXITED: u64 = 2;
@@ -84,6 +92,7 @@ struct Process {
 pub struct Scope<M> {
     maps: M,
     rules: Rules,
+    turns: Turns,
     pods: Option<Box<dyn Pods>>,
     /// The pods by which cgroups were looked at last.
     pods_version: Option<u64>,
@@ -102,6 +111,7 @@ impl<M: ScopeMaps> Scope<M> {
         Self {
             maps,
             rules,
+            turns: Turns::default(),
             pods,
             pods_version: None,
             control: ScopeControl::default(),
@@ -120,12 +130,13 @@ impl<M: ScopeMaps> Scope<M> {
     /// Puts rules into force, for all that is there and all that comes. Until everybody has been looked at, nobody is in
     /// scope. `cgroups` are all that are known.
     pub fn apply(&mut self, rules: Rules, cgroups: impl Iterator<Item = Arc<Cgroup>>) {
-        let next = rules.control();
+        let next = self.turns.control(rules.control());
         // Bits mean something else then.
-        if self.control.is_limited() || rules.are_strict() {
-            self.set_control(ScopeControl { state: state::CHANGING, ..self.control });
+        if self.control.is_limited() || rules.are_strict() || self.turns.are_taken() {
+            self.withhold();
             self.set_control(ScopeControl { state: state::CHANGING, ..next });
-            info!("scope: {} rules include and {} exclude", rules.include.len(), rules.exclude.len());
+            let turns = if self.turns.are_taken() { ", replicas take turns" } else { "" };
+            info!("scope: {} rules include and {} exclude{turns}", rules.include.len(), rules.exclude.len());
         } else {
             self.set_control(ScopeControl { state: state::OPEN, ..next });
         }
@@ -135,12 +146,40 @@ impl<M: ScopeMaps> Scope<M> {
         self.settle();
     }
 
+    /// Decides nothing until rules are put into force again.
+    pub fn withhold(&mut self) {
+        self.set_control(ScopeControl { state: state::CHANGING, ..self.control });
+    }
+
+    /// Lets replicas take turns, or no more, once [`Self::apply`] is called. Until then their samples have no weight.
+    pub fn set_turns(&mut self, replicas: Option<Replicas>, now: SystemTime) {
+        self.turns = Turns::new(replicas, now);
+    }
+
+    /// How long turns stay as they are, if any are taken; nothing: they have changed already.
+    pub fn turns_left(&self, now: SystemTime) -> Option<Duration> {
+        self.turns.time_left(now)
+    }
+
+    /// Looks at whose turn it is.
+    pub fn change_turns(&mut self, now: SystemTime, cgroups: impl Iterator<Item = Arc<Cgroup>>) {
+        self.turns.go_on(now);
+        self.look_at_cgroups(cgroups);
+        self.settle();
+    }
+
+    /// What a sample of a cgroup stands for: replicas also stand for those whose turn it is not.
+    pub fn weight(&self, cgroup: CgroupId) -> u64 {
+        self.turns.weight(cgroup)
+    }
+
     /// Takes note of cgroups that came, and of those that are gone for good.
     pub fn cgroups_changed(&mut self, appeared: &[Arc<Cgroup>], gone: &[CgroupId]) {
         if self.is_empty() {
             return;
         }
         for &id in gone {
+            self.turns.forget(id);
             self.set_cgroup(id, ScopeMatch::default());
         }
         for cgroup in appeared {
@@ -161,7 +200,7 @@ impl<M: ScopeMaps> Scope<M> {
 
     /// Whether rules ask about pods, and somebody knows them.
     pub fn follows_pods(&self) -> bool {
-        self.pods.is_some() && self.rules.asks_about_pods()
+        self.pods.is_some() && self.asks_about_pods()
     }
 
     /// Looks at all cgroups: something may have been missed.
@@ -281,15 +320,19 @@ impl<M: ScopeMaps> Scope<M> {
         self.control.include | self.control.exclude == 0
     }
 
-    fn of_cgroup(&self, cgroup: &Cgroup) -> ScopeMatch {
-        let is_asked = self.rules.asks_about_pods() && (cgroup.pod_uid.is_some() || !cgroup.containers.is_empty());
+    fn asks_about_pods(&self) -> bool {
+        self.rules.asks_about_pods() || self.turns.are_taken()
+    }
+
+    fn of_cgroup(&mut self, cgroup: &Cgroup) -> ScopeMatch {
+        let is_asked = self.asks_about_pods() && (cgroup.pod_uid.is_some() || !cgroup.containers.is_empty());
         let facts = self.pods.as_ref().filter(|_| is_asked).and_then(|pods| pods.of(cgroup));
         let pod = match &facts {
             Some(facts) => PodOf::Known(facts),
             None if cgroup.pod_uid.is_some() && self.pods.is_some() => PodOf::Unknown,
             None => PodOf::None,
         };
-        self.rules.of_cgroup(cgroup, pod)
+        self.turns.of_cgroup(cgroup.id, pod, self.rules.of_cgroup(cgroup, pod))
     }
 
     fn set_cgroup(&mut self, id: CgroupId, matched: ScopeMatch) {
@@ -341,7 +384,7 @@ impl<M: ScopeMaps> Scope<M> {
 
     /// Lets the rules decide, where there is anything to decide.
     fn settle(&mut self) {
-        let is_needed = self.rules.are_strict() || !self.cgroups.is_empty();
+        let is_needed = self.rules.are_strict() || self.turns.are_taken() || !self.cgroups.is_empty();
         let state = if is_needed { state::LIMITED } else { state::OPEN };
         self.set_control(ScopeControl { state, ..self.control });
     }

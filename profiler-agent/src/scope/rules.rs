@@ -9,7 +9,7 @@ use crate::{
     profile::{Cgroup, PodFacts},
 };
 
-/// Most matchers of both lists: one rule more is about the annotation.
+/// Most matchers of both lists: one rule more is about pods by themselves.
 pub const MAX_MATCHERS: usize = MAX_RULES - 1;
 /// The annotation by which whoever owns a pod takes it out of scope, and its value.
 const ANNOTATION: (&str, &str) = ("profiler/enabled", "false");
@@ -135,8 +135,8 @@ impl Rules {
             }
         }
         if self.honor_annotation {
-            control.exclude |= ANNOTATION_BIT;
-            control.any_process |= ANNOTATION_BIT;
+            control.exclude |= POD_BIT;
+            control.any_process |= POD_BIT;
         }
         control
     }
@@ -150,11 +150,7 @@ impl Rules {
         if self.honor_annotation
             && let PodOf::Known(pod) = pod
         {
-            add(
-                &mut matched,
-                ANNOTATION_BIT,
-                value(&pod.annotations, ANNOTATION.0).is_some_and(|v| v == ANNOTATION.1).into(),
-            );
+            add(&mut matched, POD_BIT, value(&pod.annotations, ANNOTATION.0).is_some_and(|v| v == ANNOTATION.1).into());
         }
         matched
     }
@@ -178,7 +174,8 @@ impl Rules {
     }
 }
 
-const ANNOTATION_BIT: u64 = 1 << MAX_MATCHERS;
+/// The rule that is no matcher: pods that are left out by their annotation, or because it is another's turn.
+pub(super) const POD_BIT: u64 = 1 << MAX_MATCHERS;
 
 fn low_bits(count: usize) -> u64 {
     (1 << count.min(MAX_MATCHERS)) - 1
@@ -322,6 +319,8 @@ mod tests {
     fn pod() -> PodFacts {
         PodFacts {
             namespace: "shop".into(),
+            name: "web-0".into(),
+            workload: None,
             container: Some("app".into()),
             labels: vec![("tier".into(), "front".into()), ("team".into(), "a".into())],
             annotations: vec![("profiler/enabled".into(), "false".into())],
@@ -427,8 +426,8 @@ mod tests {
             honor_annotation: true,
         };
         let control = rules.control();
-        assert_eq!((control.include, control.exclude), (0b011, 0b100 | ANNOTATION_BIT));
+        assert_eq!((control.include, control.exclude), (0b011, 0b100 | POD_BIT));
         assert_eq!((control.unknown_after_exec, control.unknown_when_made), (0b001, 0b100));
-        assert_eq!((control.any_process, control.any_cgroup), (0b100 | ANNOTATION_BIT, 0b011));
+        assert_eq!((control.any_process, control.any_cgroup), (0b100 | POD_BIT, 0b011));
     }
 }

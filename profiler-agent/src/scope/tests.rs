@@ -7,14 +7,17 @@ use std::{
         Mutex,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant, UNIX_EPOCH},
 };
 
 use profiler_common::abi::process::ProcessKey;
 use zerocopy::IntoBytes as _;
 
 use super::*;
-use crate::pattern::Pattern;
+use crate::{
+    control::schedule::{Schedule, Settings},
+    pattern::Pattern,
+};
 
 /// Maps with room for so many entries each.
 struct Maps {
@@ -220,6 +223,116 @@ fn pods_are_followed() {
     assert_eq!(verdicts(&scope), [Verdict::OutOfScope, Verdict::Undecided, Verdict::OutOfScope]);
 }
 
+fn replica(workload: Option<&str>, name: &str) -> PodFacts {
+    PodFacts { name: name.into(), workload: workload.map(Into::into), ..PodFacts::default() }
+}
+
+/// A node with pods, and its agent.
+struct Node {
+    schedule: Schedule,
+    scope: Scope<Maps>,
+    cgroups: Vec<Arc<Cgroup>>,
+}
+
+impl Node {
+    fn new(name: &str, settings: &Settings, pods: Vec<(u64, PodFacts)>, now: SystemTime) -> Self {
+        let schedule = Schedule::new(settings, name).expect("no list of members");
+        let (known, uid) = (Arc::new(Known::default()), |id: &u64| format!("u{id}"));
+        let cgroups: Vec<_> =
+            pods.iter().map(|(id, _)| cgroup(*id, &format!("/kubepods/{id}"), Some(&uid(id)))).collect();
+        for (id, facts) in pods {
+            known.put(&uid(&id), facts);
+        }
+        let mut scope = Scope::new(Maps::default(), Rules::default(), Some(Box::new(known)));
+        scope.set_turns(schedule.replicas(), now);
+        scope.apply(Rules::default(), cgroups.iter().cloned());
+        Self { schedule, scope, cgroups }
+    }
+
+    /// What a sample of a cgroup stands for, if one is taken.
+    fn weight(&mut self, now: SystemTime, id: u64) -> Option<f64> {
+        if self.scope.turns_left(now) == Some(Duration::ZERO) {
+            self.scope.change_turns(now, self.cgroups.iter().cloned());
+        }
+        let phase = self.schedule.at(now);
+        let is_collected = phase.collects && self.scope.verdict(ScopeMatch::default(), id) == Verdict::InScope;
+        is_collected.then(|| phase.scale * self.scope.weight(CgroupId(id)) as f64)
+    }
+}
+
+/// Twenty replicas on five nodes, one at a time for 10 s of a minute: in an hour each is collected for its share of the time,
+/// and scaled they used what they used.
+#[test]
+fn replicas_take_turns() {
+    const FAIR: f64 = 3600.0 / 20.0 * 10.0 / 60.0;
+    let settings = Settings { collect: Duration::from_secs(10), replicas: Some(20), ..Settings::default() };
+    // (A whole number of hours since 1970, so that cycles of 20 minutes begin with it.)
+    let begin = UNIX_EPOCH + Duration::from_secs(472_222 * 3600);
+    // (A Deployment's pods have names that say nothing, and groups of any size; a StatefulSet's are numbered.)
+    for (workload, of_pod) in [("shop/StatefulSet/web", "web-"), ("shop/Deployment/web", "web-6c1f9-x")] {
+        let of_node = |node: u64| (0..4).map(move |pod| node * 4 + pod);
+        let pods = |node| of_node(node).map(|id| (id, replica(Some(workload), &format!("{of_pod}{id}")))).collect();
+        let mut nodes: Vec<Node> =
+            (0..5).map(|node| Node::new(&format!("n{node}.example"), &settings, pods(node), begin)).collect();
+        let (mut seconds, mut used, mut scaled, mut at_once) = ([0.0; 20], [0.0; 20], [0.0; 20], 0);
+        for second in 0..3600 {
+            let now = begin + Duration::from_secs(second);
+            let mut collected = 0;
+            for id in 0..20 {
+                // CPUs: each uses another amount, which goes up and down.
+                let phase = second as f64 / (60.0 * (7 + id % 5) as f64) * std::f64::consts::TAU;
+                let cpus = (0.2 + 0.15 * id as f64) * (1.0 + 0.2 * (phase + id as f64).sin());
+                let index = id as usize;
+                used[index] += cpus;
+                if let Some(weight) = nodes[index / 4].weight(now, id) {
+                    seconds[index] += 1.0;
+                    scaled[index] += weight * cpus;
+                    collected += 1;
+                }
+            }
+            at_once = at_once.max(collected);
+        }
+        let (all_used, all_scaled) = (used.iter().sum::<f64>(), scaled.iter().sum::<f64>());
+        println!("{workload}: {seconds:?} s each, {at_once} at once; used {all_used:.0} s, scaled {all_scaled:.0}");
+        assert!(seconds.iter().all(|seconds| (seconds / FAIR - 1.0).abs() <= 0.05), "{seconds:?}");
+        assert!((all_scaled / all_used - 1.0).abs() <= 0.05, "{all_scaled} of {all_used}");
+        assert!(of_pod != "web-" || at_once == 1, "{at_once}");
+    }
+}
+
+/// What is no replica is always collected and counts once; a pod that is not known yet is kept out until it is. What a
+/// cgroup was stays so until it is gone.
+#[test]
+fn only_replicas_take_turns() {
+    let settings = Settings { every: Duration::from_secs(5), replicas: Some(2), ..Settings::default() };
+    let begin = UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    let pods = vec![(1, replica(None, "alone")), (2, replica(Some("shop/Deployment/web"), "web-0"))];
+    let mut node = Node::new("n", &settings, pods, begin);
+    let new = [cgroup(3, "/system.slice", None), cgroup(4, "/kubepods/pod4", Some("u4"))];
+    node.scope.cgroups_changed(&new, &[]);
+    node.cgroups.extend(new);
+    assert_eq!(node.scope.maps.control.unknown_when_made, rules::POD_BIT);
+    let mut turns = Vec::new();
+    for slot in 0..20 {
+        let now = begin + Duration::from_secs(5 * slot + 1);
+        assert_eq!([1, 3, 4].map(|id| node.weight(now, id)), [Some(1.0), Some(1.0), None]);
+        assert_eq!(node.scope.verdict(ScopeMatch::default(), 4), Verdict::Undecided);
+        turns.push(node.weight(now, 2));
+        assert_eq!(node.scope.turns_left(now), Some(Duration::from_secs(4)));
+    }
+    // (The first slot's number is even: a cycle begins.)
+    assert!(turns.chunks(2).all(|cycle| cycle.contains(&Some(2.0)) && cycle.contains(&None)), "{turns:?}");
+    assert_eq!(node.scope.weight(CgroupId(2)), 2);
+    node.scope.cgroups_changed(&[], &[CgroupId(2)]);
+    assert_eq!(node.scope.weight(CgroupId(2)), 1);
+
+    // Without turns everything is as if there had never been any.
+    node.scope.set_turns(None, begin);
+    node.scope.apply(Rules::default(), node.cgroups.iter().cloned());
+    assert_eq!([1, 2, 3, 4].map(|id| node.weight(begin, id)), [Some(1.0); 4]);
+    assert!(node.scope.maps.cgroups.is_empty() && !node.scope.is_limited() && node.scope.turns_left(begin).is_none());
+}
+
 /// A program that runs until it is dropped.
 struct Sleep(Child);
 
@@ -256,7 +369,7 @@ fn processes_are_followed() {
     let mut scope = Scope::new(Maps::default(), Rules::default(), None);
     let executables = Matcher { executables: patterns(&["sleep"]), ..Matcher::default() };
     // (The child may not have executed its program yet.)
-    let deadline = Instant::now() + std::time::Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while proc_fs::executable(tgid) == proc_fs::executable(own) && Instant::now() < deadline {
         std::thread::yield_now();
     }

@@ -84,8 +84,10 @@ impl KernelCounters {
 /// Everything that is counted. Written by the stages, read by `/metrics` and reports.
 #[derive(Debug, Default)]
 pub struct Stats {
-    /// Samples read from the kernel.
+    /// Samples read from the kernel, with those that they stand for.
     pub samples_drained: Count,
+    /// Samples that are among these only because others stand for them: replicas whose turn it was not.
+    pub samples_extrapolated: Count,
     /// Rows read from the kernel: distinct stacks per drain.
     pub rows_drained: Count,
     /// Samples whose rows did not decode.

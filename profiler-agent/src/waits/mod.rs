@@ -107,6 +107,8 @@ pub struct WaitBook {
     /// What was charged of waits that have ended, with the drain that found out.
     owed: HashMap<SampleKey, (Cost, u64)>,
     drain: u64,
+    /// Since when waits are charged.
+    since_ns: u64,
     stats: WaitStats,
 }
 
@@ -204,6 +206,19 @@ impl WaitBook {
         samples
     }
 
+    /// Goes on as if all waits that are under way began now: what they have cost was settled, with all of them as the last.
+    /// Some of them may end unseen, so how many there are is counted anew.
+    pub fn restart(&mut self, threads: &HashMap<u32, ThreadWait>, now_ns: u64) {
+        self.since_ns = now_ns;
+        self.progress.clear();
+        self.known.values_mut().for_each(|known| known.open = 0);
+        for wait in threads.values().filter(|wait| wait.weight != 0) {
+            if let Some(known) = self.known.get_mut(&wait.key) {
+                known.open += 1;
+            }
+        }
+    }
+
     /// A book without waits, which goes on counting where this one ends.
     pub fn successor(&self) -> Self {
         Self { stats: self.stats, ..Self::default() }
@@ -245,11 +260,11 @@ impl WaitBook {
     fn charge(&mut self, thread: u32, wait: &ThreadWait, now_ns: u64) {
         let Some(known) = self.known.get_mut(&wait.key) else { return };
         known.used = self.drain;
-        let total = now_ns.saturating_sub(wait.began_ns);
+        let total = now_ns.saturating_sub(wait.began_ns.max(self.since_ns));
         let queued = match wait.ready_ns {
             _ if wait.kind == EventKind::RunQueue as u8 => total,
             0 => 0,
-            woken => now_ns.saturating_sub(woken),
+            woken => now_ns.saturating_sub(woken).min(total),
         };
         let weight = u64::from(wait.weight);
         let cost = Cost {
@@ -431,6 +446,27 @@ mod tests {
         let mut book = WaitBook::default();
         begin(&mut book, 1, 2, 1, 10);
         assert_eq!(settle(&mut book, &waiting(100, 1), 130, true), [(EventKind::Blocked, 3, 40)]);
+    }
+
+    /// Where turns end, what has been waited is charged, and the rest of it later, also of waits that went on unseen
+    /// meanwhile; stacks of those that ended unseen are dropped.
+    #[test]
+    fn waits_restart() {
+        let mut book = WaitBook::default();
+        begin(&mut book, 1, 1, 0, 0);
+        begin(&mut book, 2, 1, 0, 0);
+        let threads = waiting(SECOND, 1);
+        assert_eq!(settle(&mut book, &threads, 3 * SECOND, true), [(EventKind::Blocked, 3, 2 * SECOND)]);
+        book.restart(&threads, 3 * SECOND);
+        for _ in 0..=KEEP_FOR {
+            assert_eq!(settle(&mut book, &nobody(), 0, false), []);
+        }
+        assert_eq!(book.stats().stacks, 1);
+        // As when its turn begins.
+        book.restart(&threads, 60 * SECOND);
+        assert_eq!(settle(&mut book, &threads, 64 * SECOND, false), [(EventKind::Blocked, 3, 4 * SECOND)]);
+        end(&mut book, 1, 5 * SECOND, 0);
+        assert_eq!(settle(&mut book, &nobody(), 66 * SECOND, false), [(EventKind::Blocked, 3, SECOND)]);
     }
 
     /// The budget holds; what was needed last stays.

@@ -140,7 +140,8 @@ pub struct Ration {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct WaitControl {
-    /// When they were attached (`CLOCK_MONOTONIC`, nanoseconds); zero: they do nothing yet.
+    /// Since when waits are charged (`CLOCK_MONOTONIC`, nanoseconds): when they were attached, or later, where what was
+    /// before has been charged; zero: they do nothing yet.
     pub since_ns: u64,
     /// 1: a thread found no room once, so that one that is not known may have been waiting since any time.
     pub is_incomplete: u64,

@@ -185,6 +185,8 @@ impl Pods {
         let found = self.find(cgroup)?;
         Some(PodFacts {
             namespace: found.pod.namespace.clone(),
+            name: found.pod.name.clone(),
+            workload: found.pod.owner.as_ref().map(|owner| format!("{}/{owner}", found.pod.namespace).into()),
             container: found.container.map(|(_, container)| container.name.clone()),
             labels: found.pod.scope_labels.clone(),
             annotations: found.pod.scope_annotations.clone(),

@@ -54,6 +54,8 @@ pub(crate) struct Pod {
     pub(super) config_hash: Option<Box<str>>,
     /// What runs it: attributes' names and values, from the ancestor to the descendant.
     pub(super) workload: Vec<(&'static str, Box<str>)>,
+    /// The kind and the name of what it is a replica of: `Deployment/web`.
+    pub(super) owner: Option<Box<str>>,
     /// Service and version as labels have them.
     pub(super) service: Option<Box<str>>,
     pub(super) version: Option<Box<str>>,
@@ -216,6 +218,7 @@ fn pod(metadata: Metadata, wanted: &Wanted) -> Pod {
         uid: text::clean(&metadata.uid, MAX_ID),
         config_hash: annotations.get(CONFIG_HASH).filter(|hash| !hash.is_empty()).map(|hash| text::clean(hash, MAX_ID)),
         workload: owner.map(|owner| workload(owner, label(TEMPLATE_HASH))).unwrap_or_default(),
+        owner: owner.and_then(|owner| replica_of(owner, label(TEMPLATE_HASH))),
         service: well_known("app.kubernetes.io/instance").or_else(|| well_known("app.kubernetes.io/name")),
         version: well_known("app.kubernetes.io/version"),
         stated: stated
@@ -232,6 +235,17 @@ fn pod(metadata: Metadata, wanted: &Wanted) -> Pod {
 /// Values by name, of the names that somebody asks about.
 fn asked_for(names: &BTreeSet<String>, from: &BTreeMap<String, String>) -> Vec<(Box<str>, Box<str>)> {
     names.iter().filter_map(|name| Some((name.as_str().into(), text::value(from.get(name)?)))).collect()
+}
+
+/// The kind and the name of what a pod is a replica of: its owner, or that one's owner where names tell. (A static pod's is
+/// its node, which runs no two of the same.)
+fn replica_of(owner: &Owner, template_hash: Option<&String>) -> Option<Box<str>> {
+    let (kind, name) = match workload(owner, template_hash).first() {
+        Some(("k8s.deployment.name", name)) => ("Deployment", name.clone()),
+        Some(("k8s.cronjob.name", name)) => ("CronJob", name.clone()),
+        _ => (owner.kind.as_str(), text::clean(&owner.name, MAX_ID)),
+    };
+    (kind != "Node" && !name.is_empty()).then(|| format!("{}/{name}", text::clean(kind, MAX_ID)).into())
 }
 
 /// What runs a pod, as far as its owner's name tells.
@@ -315,7 +329,7 @@ impl Pod {
         let pairs = [&self.stated, &self.chosen, &self.scope_labels, &self.scope_annotations];
         let pairs = pairs.into_iter().flatten().map(|(name, value)| name.len() + value.len() + 32);
         let workload = self.workload.iter().map(|(_, value)| value.len() + 32);
-        let texts = [&self.config_hash, &self.service, &self.version];
+        let texts = [&self.owner, &self.config_hash, &self.service, &self.version];
         size_of::<Self>()
             + self.namespace.len()
             + self.name.len()
@@ -338,19 +352,36 @@ impl Container {
 mod tests {
     use super::*;
 
-    fn owned(api_version: &str, kind: &str, name: &str, hash: Option<&str>) -> Vec<(&'static str, String)> {
+    fn owned(api_version: &str, kind: &str, name: &str, hash: Option<&str>) -> Pod {
         let labels = hash.map(|hash| format!(r#","labels":{{"pod-template-hash":"{hash}"}}"#)).unwrap_or_default();
         let json = format!(
             r#"{{"metadata":{{"uid":"u","ownerReferences":[{{"apiVersion":"v1","kind":"Other","name":"x"}},
             {{"apiVersion":"{api_version}","kind":"{kind}","name":"{name}","controller":true}}]{labels}}}}}"#
         );
-        let pod = parse(json.as_bytes(), &Wanted::default()).expect("a pod").pod;
-        pod.workload.into_iter().map(|(name, value)| (name, value.into())).collect()
+        parse(json.as_bytes(), &Wanted::default()).expect("a pod").pod
     }
 
     fn check_owner(owner: (&str, &str, &str, Option<&str>), expect: &[(&'static str, &str)]) {
-        let expect: Vec<_> = expect.iter().map(|&(name, value)| (name, value.to_owned())).collect();
-        assert_eq!(owned(owner.0, owner.1, owner.2, owner.3), expect, "{owner:?}");
+        let expect: Vec<_> = expect.iter().map(|&(name, value)| (name, value.into())).collect();
+        assert_eq!(owned(owner.0, owner.1, owner.2, owner.3).workload, expect, "{owner:?}");
+    }
+
+    /// What a pod is a replica of outlives it, and so is no ReplicaSet or Job where these have owners themselves.
+    #[test]
+    fn replicas_know_what_they_are_of() {
+        for (owner, expect) in [
+            (("apps/v1", "ReplicaSet", "web-5d4f8c", Some("5d4f8c")), Some("Deployment/web")),
+            (("apps/v1", "ReplicaSet", "mine", Some("5d4f8c")), Some("ReplicaSet/mine")),
+            (("batch/v1", "Job", "backup-29384710", None), Some("CronJob/backup")),
+            (("batch/v1", "Job", "migrate-1", None), Some("Job/migrate-1")),
+            (("example.org/v1", "Database", "a\\nb", None), Some("Database/a\u{fffd}b")),
+            (("v1", "Node", "worker-1", None), None),
+            (("apps/v1", "StatefulSet", "", None), None),
+        ] {
+            assert_eq!(owned(owner.0, owner.1, owner.2, owner.3).owner.as_deref(), expect, "{owner:?}");
+        }
+        let alone = parse(br#"{"metadata":{"uid":"u"}}"#, &Wanted::default()).expect("a pod").pod;
+        assert_eq!(alone.owner, None);
     }
 
     /// What runs a pod is told from its owner's kind and name, and nothing is guessed.

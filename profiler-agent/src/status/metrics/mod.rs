@@ -30,7 +30,16 @@ pub(super) fn render(stats: &Stats) -> String {
     for &counter in Counter::ALL {
         page.counter(counter.metric(), counter.doc(), stats.kernel(counter));
     }
-    page.counter("samples_drained", "Samples read from the kernel.", stats.samples_drained.get());
+    page.counter(
+        "samples_drained",
+        "Samples read from the kernel, with those that they stand for.",
+        stats.samples_drained.get(),
+    );
+    page.counter(
+        "samples_extrapolated",
+        "Samples for which others stand: of replicas whose turn it was not.",
+        stats.samples_extrapolated.get(),
+    );
     page.counter("rows_drained", "Rows (distinct stacks per drain) read from the kernel.", stats.rows_drained.get());
     page.counter("drains_postponed", "Drains put off because naming was behind.", stats.drains_postponed.get());
     page.counter("windows_closed", "Aggregation windows closed.", stats.windows_closed.get());
