@@ -6,9 +6,8 @@ use profiler_common::abi::counter::Counter;
 
 use crate::{profile::Events, status::Stats};
 
-/// How the books balance, for each destination: what was seen, what that
-/// stands for, and what earlier runs left, is exported, lost, dropped or still
-/// in the spool.
+/// How the books balance, for each destination: what was seen, what that stands for besides, and what earlier runs left, is
+/// exported, lost, dropped or still in the spool.
 pub(super) fn books(stats: &Stats, events: Events) -> Vec<String> {
     let destinations = stats.destinations();
     let mut lines = Vec::new();

@@ -61,6 +61,10 @@ impl ScopeMaps for KernelScope {
         commands::insert(self.processes.fd(), tgid.as_bytes(), matched.as_bytes())
     }
 
+    fn has_process(&self, tgid: u32) -> bool {
+        commands::lookup(self.processes.fd(), &tgid, ScopeMatch::default().as_mut_bytes()).is_ok()
+    }
+
     fn remove_process(&mut self, tgid: u32) -> io::Result<()> {
         or_absent(commands::delete(self.processes.fd(), &tgid))
     }

@@ -1,7 +1,7 @@
 //! Who is recorded: finds out which rules processes and cgroups meet, and tells the kernel programs, which decide.
 //!
-//! In: rules, whose turn it is, notices, the table of cgroups, and what is known of pods. Out: entries of the kernel's maps. Whoever is
-//! new takes after its parent there, before anything is known of it here.
+//! In: rules, whose turn it is, notices, the table of cgroups, and what is known of pods. Out: entries of the kernel's maps.
+//! Whoever is new takes after its parent there, before anything is known of it here.
 
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
@@ -54,6 +54,8 @@ pub trait ScopeMaps {
     fn cgroups(&self) -> io::Result<Vec<u64>>;
     /// Sets which rules a process meets.
     fn set_process(&mut self, tgid: u32, matched: &ScopeMatch) -> io::Result<()>;
+    /// Whether anything is said about a process.
+    fn has_process(&self, tgid: u32) -> bool;
     /// It meets none.
     fn remove_process(&mut self, tgid: u32) -> io::Result<()>;
     /// Processes that meet any.
@@ -358,8 +360,11 @@ impl<M: ScopeMaps> Scope<M> {
             let Some(now) = &executable else { break };
             matched = self.rules.of_process(&lineage, now);
             if matched == ScopeMatch::default() {
-                let removed = self.maps.remove_process(tgid);
-                self.check(removed);
+                // What is not there is not removed: it may be put there at any moment, when the process executes something.
+                if self.maps.has_process(tgid) {
+                    let removed = self.maps.remove_process(tgid);
+                    self.check(removed);
+                }
             } else {
                 let set = self.maps.set_process(tgid, &matched);
                 self.check(set);

@@ -72,6 +72,10 @@ impl ScopeMaps for Maps {
         set(self.room, &mut self.processes, tgid, *matched)
     }
 
+    fn has_process(&self, tgid: u32) -> bool {
+        self.processes.contains_key(&tgid)
+    }
+
     fn remove_process(&mut self, tgid: u32) -> io::Result<()> {
         self.processes.remove(&tgid);
         Ok(())
