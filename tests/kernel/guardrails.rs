@@ -11,7 +11,7 @@ use std::{
 use nix::sys::signal::Signal;
 use profiler_tests::{
     Background, agent, ask_within, eventually, free_port, http_get, kernel_is_usable, metric,
-    programs::{Statistics, clock_ns, runs_of},
+    programs::{Statistics, runs_of},
     recorded, run, scratch, stderr, stdout,
     stopped::Stopped,
     workload,
@@ -19,8 +19,6 @@ use profiler_tests::{
 
 /// Times that each way to stop is tried; `PROFILER_STOPS` makes it more.
 const STOPS: usize = 2;
-/// How long the budget is watched under load; `PROFILER_BUDGET_SECONDS` makes it longer.
-const BUDGET_SECONDS: u64 = 45;
 
 fn number_from(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
@@ -233,110 +231,6 @@ fn a_stopped_agent_rests() {
     next.signal(Signal::SIGTERM);
     let text = stderr(&next.finish());
     assert!(text.contains("stopped by file"), "{text}");
-}
-
-/// What a run of the storm under a daemon came to, seconds.
-struct Storm {
-    /// Share of the machine that profiling took, in each stretch of five seconds.
-    shares: Vec<f64>,
-    /// CPU time and time off the CPU: as exported, against what it says itself.
-    ran: f64,
-    waited: f64,
-}
-
-/// Runs the storm for a while under a daemon of its own.
-fn storm(test: &str, seconds: u64, more: &[&str]) -> Storm {
-    let daemon = Daemon::start(test, "export: {window: 5s}\n", &[&["--event", "both"], more].concat());
-    daemon.wait_until_ready();
-    let pid = daemon.process.pid();
-    thread::sleep(Duration::from_secs(10));
-    let load = Background::start(Command::new(workload("storm")).arg(seconds.to_string()));
-    let begun = Instant::now();
-    let cpus = thread::available_parallelism().map_or(1, usize::from) as f64;
-    let clock_ns = clock_ns();
-    println!("{test}: a look at the clock takes {clock_ns:.0} ns");
-    let mut last = (cpu_seconds(pid), runs_of(pid), Instant::now());
-    println!("second  Hz  stacks  followed  agent   programs  of the machine");
-    let mut shares = Vec::new();
-    while begun.elapsed().as_secs() + 5 <= seconds {
-        thread::sleep(Duration::from_secs(5));
-        let now = (cpu_seconds(pid), runs_of(pid), Instant::now());
-        let elapsed = (now.2 - last.2).as_secs_f64();
-        let agent = (now.0 - last.0) / elapsed;
-        // (The books themselves are none of the agent's doing.)
-        let books = (now.1.count - last.1.count) as f64 * clock_ns;
-        let programs = ((now.1.time_ns - last.1.time_ns) as f64 - books).max(0.0) / 1e9 / elapsed;
-        let share = (agent + programs) / cpus;
-        let gauge = |name: &str| metric(daemon.status, &format!("profiler_agent_{name}")).unwrap_or(f64::NAN);
-        println!(
-            "{:6}  {:2}  {:6}  {:8.3}  {:.2} %  {:6.2} %  {:.2} %",
-            begun.elapsed().as_secs(),
-            gauge("sampling_frequency"),
-            gauge("wait_stacks_per_second"),
-            gauge("waits_followed_ratio"),
-            agent * 100.0,
-            programs * 100.0,
-            share * 100.0
-        );
-        shares.push(share);
-        last = now;
-    }
-    let report = stdout(&load.finish());
-    let folder = daemon.folder.join("profiles");
-    daemon.end();
-
-    let field = |name: &str| {
-        // (`ran` and `switched`, each at the start of its line.)
-        let line = report.lines().find_map(|line| line.strip_prefix(name)).expect("a line");
-        line.trim().parse::<f64>().expect("a number")
-    };
-    let (mut ran, mut waited) = (0.0, 0.0);
-    for file in fs::read_dir(folder).expect("profiles").flatten() {
-        for sample in recorded::samples(&fs::read(file.path()).expect("a profile")) {
-            if sample.process == "storm" {
-                *(if sample.is_wait { &mut waited } else { &mut ran }) += sample.time_ns as f64;
-            }
-        }
-    }
-    let expect_ran = field("ran");
-    // Its threads, two for each CPU, either run or wait (the first one waits for all of them).
-    let expect_waited = (2.0 * cpus + 1.0) * seconds as f64 * 1e9 - expect_ran;
-    println!(
-        "{test}: {:.0} switches a second; CPU time {:.2} s of {:.2} s, off the CPU {:.2} s of {:.2} s",
-        field("switched") / seconds as f64,
-        ran / 1e9,
-        expect_ran / 1e9,
-        waited / 1e9,
-        expect_waited / 1e9,
-    );
-    Storm { shares, ran: ran / expect_ran, waited: waited / expect_waited }
-}
-
-/// Under a load that is as expensive to profile as they come, the budget holds after a few seconds, and the CPU time that
-/// is exported adds up to what it does without a budget.
-#[test]
-fn the_budget_is_kept() {
-    if !kernel_is_usable() {
-        return;
-    }
-    let _statistics = Statistics::on();
-    let seconds = number_from("PROFILER_BUDGET_SECONDS").unwrap_or(BUDGET_SECONDS);
-    let free = storm("budget-free", BUDGET_SECONDS, &["--budget-cpu", "100%"]);
-    let kept = storm("budget-kept", seconds, &[]);
-    let mean = |shares: &[f64]| shares.iter().sum::<f64>() / shares.len() as f64 * 100.0;
-    println!(
-        "without a budget {:.2} % of the machine; with 1 %, after five seconds, {:.2} %",
-        mean(&free.shares),
-        mean(&kept.shares[1..])
-    );
-    println!(
-        "of the totals without: CPU time {:.4}, off the CPU {:.4}",
-        kept.ran / free.ran,
-        kept.waited / free.waited
-    );
-    assert!(mean(&free.shares) > 1.0, "the load is not expensive enough to tell");
-    assert!(mean(&kept.shares[1..]) <= 1.0, "the budget of 1 % does not hold: {:?}", kept.shares);
-    assert!((kept.ran / free.ran - 1.0).abs() < 0.03);
 }
 
 /// A changed configuration holds within moments, a wrong one is refused with the place, and no sample is lost by either.

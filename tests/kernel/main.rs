@@ -25,5 +25,6 @@ mod scope;
 mod servers;
 mod stacks;
 mod status;
+mod storms;
 mod unwinding;
 mod waits;

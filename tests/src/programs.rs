@@ -1,6 +1,6 @@
 //! What kernel programs of a process do, by the kernel's own books (`kernel.bpf_stats_enabled`, Linux 5.1).
 
-use std::{collections::BTreeMap, fs, time::Instant};
+use std::{collections::BTreeMap, fs};
 
 const SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
@@ -23,17 +23,6 @@ impl Drop for Statistics {
         // What was on before stays on; there is nobody to tell if that fails.
         let _ = fs::write(SWITCH, self.before.trim());
     }
-}
-
-/// How long it takes to look at the clock, nanoseconds. The kernel's books begin and end with that, so that each run is told
-/// to take so much longer than it did.
-pub fn clock_ns() -> f64 {
-    const LOOKS: u32 = 1_000_000;
-    let begun = Instant::now();
-    for _ in 0..LOOKS {
-        std::hint::black_box(Instant::now());
-    }
-    begun.elapsed().as_nanos() as f64 / f64::from(LOOKS)
 }
 
 /// Runs of programs, and how long they took.

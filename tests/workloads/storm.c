@@ -1,7 +1,7 @@
-/* What is expensive to profile: on each CPU, two threads that hand it to each other 100,000 times a second, and in between
-   burn it at the bottom of a deep stack. Prints how long they ran: `ran NANOSECONDS`, and how often they were switched:
-   `switched TIMES`.
-   Usage: storm SECONDS */
+/* What is expensive to profile: on each CPU, two threads that hand it to each other so many times in two milliseconds, and
+   burn what is left of them at the bottom of a deep stack. Prints how long they ran: `ran NANOSECONDS`, and how often
+   they were switched: `switched TIMES`.
+   Usage: storm SECONDS ROUND_TRIPS */
 #define _GNU_SOURCE
 #include <linux/futex.h>
 #include <pthread.h>
@@ -15,9 +15,8 @@
 
 #include "monotonic.h"
 
-/* A slot is 2 ms long and has 100 round trips of two switches each. */
+/* A round trip is two switches. */
 #define SLOT 0.002
-#define ROUND_TRIPS 100
 #define DEPTH 400
 
 struct pair {
@@ -26,6 +25,7 @@ struct pair {
 };
 
 static double deadline;
+static int round_trips;
 static volatile unsigned long sink;
 
 static void hand_over(struct pair *pair, int to)
@@ -70,7 +70,7 @@ static void *lead(void *argument)
     struct pair *pair = argument;
     pin(pair->cpu);
     for (double slot = now(); slot < deadline; slot += SLOT) {
-        for (int i = 0; i < ROUND_TRIPS; i++) {
+        for (int i = 0; i < round_trips; i++) {
             hand_over(pair, 1);
             wait_for(pair, 0);
         }
@@ -94,9 +94,10 @@ static void *follow(void *argument)
 
 int main(int argc, char **argv)
 {
-    if (argc != 2)
+    if (argc != 3)
         return 2;
     deadline = now() + atof(argv[1]);
+    round_trips = atoi(argv[2]);
     long cpus = sysconf(_SC_NPROCESSORS_ONLN);
     struct pair *pairs = calloc(cpus, sizeof *pairs);
     pthread_t *threads = calloc(2 * cpus, sizeof *threads);
