@@ -16,10 +16,12 @@ mod status;
 
 pub use self::{
     bounds::{Budget, Control, ControlOverrides},
+    capture::{CaptureSection, Request},
     environment::Environment,
     export::{Export, ExportOverrides, FileFormat, Files, Spool},
     kubernetes::{InCluster, Kubernetes, KubernetesOverrides, MISSING_NODE, Surroundings},
     labels::{LabelOverrides, Labels},
+    scope::Entry,
     status::{Status, StatusOverrides},
 };
 

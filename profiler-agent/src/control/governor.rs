@@ -94,6 +94,11 @@ impl Governor {
         self.effort
     }
 
+    /// The sampling rate below which nothing is given up any more.
+    pub fn least_frequency(&self) -> u64 {
+        (self.wanted.frequency / LEAST_PART).max(1)
+    }
+
     /// What may be spent, CPU seconds per second.
     pub fn budget(&self) -> f64 {
         self.budget
@@ -182,7 +187,7 @@ impl Governor {
         }
         if left > self.budget {
             let part = (self.budget * AIM / left).max(LARGEST_CUT);
-            let least = (self.wanted.frequency / LEAST_PART).max(1);
+            let least = self.least_frequency();
             self.effort.frequency = scaled(self.effort.frequency, part).max(least);
             let stacks = if self.effort.wait_stacks == 0 { ALL_STACKS } else { self.effort.wait_stacks };
             self.effort.wait_stacks = scaled(u64::from(stacks), part).max(1).try_into().unwrap_or(u32::MAX);

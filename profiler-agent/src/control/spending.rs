@@ -97,8 +97,8 @@ impl Meter {
     }
 
     fn total(&self, stats: &Stats) -> Spent {
-        let seconds = |counter| stats.kernel(counter) as f64 / 1e9;
-        let entries = |counter| stats.kernel(counter) as f64 * ENTRY_SECONDS;
+        let seconds = |counter| stats.kernel_in_all(counter) as f64 / 1e9;
+        let entries = |counter| stats.kernel_in_all(counter) as f64 * ENTRY_SECONDS;
         let files = self.allowance.used();
         Spent {
             elapsed: self.started.elapsed().as_secs_f64(),

@@ -22,7 +22,7 @@ use tracing::{debug, info, warn};
 use zerocopy::FromBytes as _;
 
 use self::rules::{Executable, PodOf};
-pub use self::rules::{MAX_MATCHERS, Matcher, Rules};
+pub use self::rules::{MAX_CONFIGURED, Matcher, Rules};
 use crate::profile::{Cgroup, CgroupId, PodFacts};
 
 /// Drains for which what is known of an exited process is kept: ending takes CPU time too.
@@ -125,7 +125,8 @@ impl<M: ScopeMaps> Scope<M> {
         if self.control.is_limited() || rules.are_strict() {
             self.set_control(ScopeControl { state: state::CHANGING, ..self.control });
             self.set_control(ScopeControl { state: state::CHANGING, ..next });
-            info!("scope: {} rules include and {} exclude", rules.include.len(), rules.exclude.len());
+            let part = if rules.within.is_empty() { "" } else { ", of which a part is meant" };
+            info!("scope: {} rules include and {} exclude{part}", rules.include.len(), rules.exclude.len());
         } else {
             self.set_control(ScopeControl { state: state::OPEN, ..next });
         }
@@ -278,7 +279,7 @@ impl<M: ScopeMaps> Scope<M> {
 
     /// Whether there is no rule.
     fn is_empty(&self) -> bool {
-        self.control.include | self.control.exclude == 0
+        self.control.rules() == 0
     }
 
     fn of_cgroup(&self, cgroup: &Cgroup) -> ScopeMatch {
