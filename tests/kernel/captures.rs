@@ -311,8 +311,8 @@ fn the_kill_switch_ends_captures() {
         return;
     }
     let _statistics = Statistics::on();
-    let daemon = Daemon::start("captures-stopped", "budget: {cpu: 100%}\n");
-    let load = Background::start(Command::new(workload("burner")).args(["1", "120"]));
+    let daemon = Daemon::start("captures-stopped", "budget: {cpu: 100%}\ncapture: {cooldown: 0s}\n");
+    let load = Background::start(Command::new(workload("burner")).args(["1", "300"]));
     let pid = daemon.process.pid();
     let before = runs_of(pid).programs;
     let (status, running) =
@@ -336,13 +336,28 @@ fn the_kill_switch_ends_captures() {
     assert_eq!(daemon.metric("captures_refused_total{reason=\"stopped\"}"), 2.0);
     assert_eq!(daemon.metric("captures_ended_total{reason=\"stopped\"}"), 1.0);
     assert_eq!(daemon.ask("POST /resume", "").0, 200);
-    thread::sleep(Duration::from_secs(3));
-    drop(load);
+    // The end of the agent ends one too, and a changed configuration.
+    let begin = || {
+        let begun = daemon.trigger(&["--pid", &load.pid().to_string(), "--frequency", "199", "--duration", "5m"]);
+        assert!(begun.status.success(), "{}", stderr(&begun));
+        thread::sleep(Duration::from_secs(2));
+    };
+    begin();
+    let config = fs::read_to_string(daemon.folder.join("agent.yaml")).expect("a configuration file");
+    fs::write(daemon.folder.join("next.yaml"), config.replace("cooldown: 0s", "cooldown: 0s, per_hour: 7"))
+        .expect("a file");
+    fs::rename(daemon.folder.join("next.yaml"), daemon.folder.join("agent.yaml")).expect("a changed file");
+    daemon.wait_for("captures_ended_total{reason=\"configuration\"}", 1.0);
+    begin();
     let (text, captures) = daemon.end();
-    assert_eq!(captures.len(), 1, "{text}");
-    assert_eq!(mark(&captures[0], "profiler.capture.ended"), Some("stopped"));
-    println!("{:.3} s on the CPU in 4 s", cpu_seconds(&captures[0]));
-    assert!(cpu_seconds(&captures[0]) > 1.0);
+    assert_eq!(captures.len(), 3, "{text}");
+    let ended = |how: &str| {
+        let ended = captures.iter().find(|profile| mark(profile, "profiler.capture.ended") == Some(how));
+        let seconds = ended.map(|profile| cpu_seconds(profile)).unwrap_or_else(|| panic!("none was ended by {how}"));
+        println!("ended by {how}: {seconds:.3} s on the CPU");
+        seconds
+    };
+    assert!(ended("stopped") > 1.0 && ended("configuration") > 0.2 && ended("shutdown") > 0.2);
 }
 
 /// A capture is paid from the budget: where there is nothing else to give up, it is ended.

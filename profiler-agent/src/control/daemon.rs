@@ -352,6 +352,9 @@ impl Daemon {
         let spent = self.meter.read(&self.stats);
         let memory = memory();
         let (cost, budget) = (self.governor.cost(), self.governor.budget());
+        // (Each change of the effort begins to add up the cost anew.)
+        let is_least = self.governor.effort().frequency <= self.governor.least_frequency();
+        self.captures.keep_budget(is_least && cost > budget);
         let captures = !self.captures.is_empty();
         if (self.phase.collects || captures) && self.governor.observe(spent, memory, collection.has_reached_pace()) {
             let effort = self.governor.effort();
@@ -359,8 +362,6 @@ impl Daemon {
             collection.set_pace(pace(&self.config, &effort, &self.phase));
             kernel::release_free_memory();
         }
-        let is_least = self.governor.effort().frequency <= self.governor.least_frequency();
-        self.captures.keep_budget(is_least && self.governor.cost() > budget);
         self.stats.control.set(ControlStats {
             effort: Some(self.governor.effort()),
             cost: self.governor.cost(),

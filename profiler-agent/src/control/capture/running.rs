@@ -145,7 +145,7 @@ impl Captures {
         };
         let totals = Arc::clone(&self.stats);
         let task = tokio::spawn(async move {
-            let ended = run.to_its_end(&stats).await;
+            let ended = run.carry_out(&stats).await;
             totals.end_capture(&stats);
             totals.captures.add_ended(ended);
         });
@@ -175,8 +175,8 @@ impl Captures {
     /// Ends them if the daemon's own collection has nothing left to give up, and the cost is above the budget all the same.
     /// Call once a second.
     pub(in crate::control) fn keep_budget(&mut self, too_costly: bool) {
-        self.forget();
-        self.too_costly = if too_costly && !self.running.is_empty() { self.too_costly + 1 } else { 0 };
+        let goes_on = self.running.iter().any(|running| running.end.is_some());
+        self.too_costly = if too_costly && goes_on { self.too_costly + 1 } else { 0 };
         if self.too_costly >= BUDGET_SECONDS {
             warn!("captures cost more than the budget allows: they are ended");
             self.end(Ended::Budget);
@@ -248,7 +248,7 @@ struct Run {
 
 impl Run {
     /// Loads the programs on a thread of its own, since that takes long, and collects until it is over.
-    async fn to_its_end(self, stats: &Arc<Stats>) -> Ended {
+    async fn carry_out(self, stats: &Arc<Stats>) -> Ended {
         let Self { mut state, plan, surroundings, duration, ended, reply } = self;
         let subject = state.scope.clone();
         let started = spawn_blocking(move || Collection::start(plan, &surroundings)).await;
