@@ -17,6 +17,8 @@ use crate::config;
 
 /// How long the daemon may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// The same where it has to load kernel programs first.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest answer, bytes.
 const MAX_ANSWER: usize = 64 << 10;
 
@@ -50,16 +52,22 @@ pub enum ClientError {
 /// Gives the daemon a command and returns how things are then.
 pub fn ask(socket: &Path, command: Command) -> Result<State, ClientError> {
     let (method, path) = command.request();
-    send(socket, method, path, String::new())
+    send(socket, method, path, String::new(), TIMEOUT)
 }
 
 /// Asks for a capture and returns what runs.
 pub fn trigger(socket: &Path, request: &config::Request) -> Result<CaptureState, ClientError> {
     // SANITY: text and numbers only.
-    send(socket, Method::POST, TRIGGER, serde_json::to_string(request).unwrap_or_default())
+    send(socket, Method::POST, TRIGGER, serde_json::to_string(request).unwrap_or_default(), LOAD_TIMEOUT)
 }
 
-fn send<A: DeserializeOwned>(socket: &Path, method: Method, target: &str, body: String) -> Result<A, ClientError> {
+fn send<A: DeserializeOwned>(
+    socket: &Path,
+    method: Method,
+    target: &str,
+    body: String,
+    timeout: Duration,
+) -> Result<A, ClientError> {
     let path = socket.display().to_string();
     let wrong = |reason: String| ClientError::Answer { path: path.clone(), reason };
     let runtime =
@@ -69,9 +77,9 @@ fn send<A: DeserializeOwned>(socket: &Path, method: Method, target: &str, body: 
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ClientError::Absent(path.clone()),
             _ => ClientError::Refused { path: path.clone(), error },
         })?;
-        let (status, body) = tokio::time::timeout(TIMEOUT, exchange(stream, method, target, body))
+        let (status, body) = tokio::time::timeout(timeout, exchange(stream, method, target, body))
             .await
-            .map_err(|_| wrong(format!("nothing came within {} s", TIMEOUT.as_secs())))?
+            .map_err(|_| wrong(format!("nothing came within {} s", timeout.as_secs())))?
             .map_err(wrong)?;
         match status {
             StatusCode::OK => serde_json::from_slice(&body).map_err(|error| wrong(error.to_string())),

@@ -82,6 +82,7 @@ pub struct State {
     /// Samples per second and CPU.
     pub frequency: u64,
     /// Captures that run beside.
+    #[serde(default)]
     pub captures: Vec<CaptureState>,
 }
 
