@@ -337,18 +337,18 @@ fn the_kill_switch_ends_captures() {
     assert_eq!(daemon.metric("captures_ended_total{reason=\"stopped\"}"), 1.0);
     assert_eq!(daemon.ask("POST /resume", "").0, 200);
     // The end of the agent ends one too, and a changed configuration.
-    let begin = || {
-        let begun = daemon.trigger(&["--pid", &load.pid().to_string(), "--frequency", "199", "--duration", "5m"]);
+    let begin = |scope: [&str; 2]| {
+        let begun = daemon.trigger(&[scope[0], scope[1], "--frequency", "199", "--duration", "5m"]);
         assert!(begun.status.success(), "{}", stderr(&begun));
         thread::sleep(Duration::from_secs(2));
     };
-    begin();
+    begin(["--pid", &load.pid().to_string()]);
     let config = fs::read_to_string(daemon.folder.join("agent.yaml")).expect("a configuration file");
     fs::write(daemon.folder.join("next.yaml"), config.replace("cooldown: 0s", "cooldown: 0s, per_hour: 7"))
         .expect("a file");
     fs::rename(daemon.folder.join("next.yaml"), daemon.folder.join("agent.yaml")).expect("a changed file");
     daemon.wait_for("captures_ended_total{reason=\"configuration\"}", 1.0);
-    begin();
+    begin(["--executable", "burner"]);
     let (text, captures) = daemon.end();
     assert_eq!(captures.len(), 3, "{text}");
     let ended = |how: &str| {
