@@ -18,7 +18,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 
 pub use crate::{
     cgroups::fuzzing::cgroups,
-    config::fuzzing::config,
+    config::fuzzing::{capture_request, config},
     control::capture::fuzzing::cgroup_usage,
     export::{fuzzing::spool, otlp::client::fuzzing::otlp_answer},
     kernel::fuzzing::{btf, mmap_record},

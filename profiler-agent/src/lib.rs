@@ -26,6 +26,7 @@ pub mod profile;
 mod ranges;
 pub mod redact;
 mod regular_file;
+pub mod schedule;
 pub mod scope;
 pub mod status;
 pub mod symbolize;

@@ -20,7 +20,7 @@ mod pace;
 use std::{
     collections::VecDeque,
     sync::{
-        Arc,
+        Arc, OnceLock,
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
     thread::{self, JoinHandle},
@@ -40,7 +40,7 @@ use crate::{
     kernel::{Kernel, KernelError},
     label::{self, Labeller, kubernetes},
     process::{ProcessTable, Published},
-    profile::{Cgroup, Events, KernelChanges, LocatedSample, PodFacts, Profile, Unlabelled},
+    profile::{Cgroup, Events, KernelChanges, LocatedSample, Mark, PodFacts, Profile, Unlabelled},
     scope::{self, Scope},
     status::Stats,
     symbolize::{FrameNamer, SourceOptions, debuginfod::Debuginfod},
@@ -59,9 +59,9 @@ const WINDOW_QUEUE: usize = 2;
 pub const PROFILE_QUEUE: usize = 4;
 
 /// How long the namer waits for a file before it leaves its frames pending: until the window closes, and once more then.
-const NAMING_PATIENCE: Duration = Duration::from_secs(1);
+pub const NAMING_PATIENCE: Duration = Duration::from_secs(1);
 /// How long it waits for files where nothing comes after the window.
-const LAST_PATIENCE: Duration = Duration::from_secs(20);
+pub const LAST_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Rows that each CPU may add to the sample buffers per second: a stack of its own for every sample of CPU time, and
 /// of waits as many stacks as steady services have.
@@ -80,6 +80,10 @@ pub struct Options {
     pub pace: Pace,
     /// How long a window stays open; `None`: until the end.
     pub window: Option<Duration>,
+    /// How long a window that is closed waits for files to be read.
+    pub patience: Duration,
+    /// What readers have to know of how it ended: whoever ends it may say so before.
+    pub ending: Arc<OnceLock<Mark>>,
     /// Who is asked for debug files that this machine does not have.
     pub debuginfod: Option<Arc<Debuginfod>>,
     /// Whether source lines and inlined functions are looked for.
@@ -253,10 +257,12 @@ fn name_batches(
     let mut namer =
         FrameNamer::new(pace.names_bytes, options.debuginfod.clone(), options.source, Arc::clone(&options.allowance));
     let mut window = Window::open(options.events, pace.period(), Arc::clone(&pace.marks));
-    let patience = if options.window.is_some() { NAMING_PATIENCE } else { LAST_PATIENCE };
     let close = |window: &mut Window, namer: &mut FrameNamer| {
         let mut profile = window.close();
-        namer.settle(&mut profile, patience);
+        if let Some(ending) = options.ending.get() {
+            profile.marks = profile.marks.iter().chain([ending]).cloned().collect();
+        }
+        namer.settle(&mut profile, options.patience);
         stats.set_symbolize(namer.stats());
         stats.windows_closed.add(1);
         // Where the labeller is behind, so are the exporters: it never waits for longer than a window.

@@ -42,6 +42,15 @@ fn thread_instead_of_process() {
     check_refused(&output, &["is a thread of process", &std::process::id().to_string()]);
 }
 
+/// Captures are the daemon's: where there is none, that is said.
+#[test]
+fn trigger_without_an_agent() {
+    let mut trigger = Command::new(agent());
+    trigger.args(["trigger", "--control-socket", "/nonexistent/agent.sock"]);
+    check_refused(&run(&mut trigger), &["no agent takes commands at /nonexistent/agent.sock"]);
+    check_refused(&run(trigger.args(["--pod-label", "app"])), &["app", "NAME=VALUE"]);
+}
+
 /// A zero frequency, and one above the kernel's limit.
 #[test]
 fn impossible_frequency() {

@@ -3,6 +3,7 @@
 
 mod agreement;
 mod budget;
+mod captures;
 mod cgroups;
 mod compilation;
 mod containers;

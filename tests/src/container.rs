@@ -45,6 +45,11 @@ impl Runc {
 
     /// How a container is started that runs `arguments` in the cgroup of this path, and ends with them.
     pub fn command(&self, id: &str, cgroup: &str, arguments: &[&str]) -> Command {
+        self.limited(id, cgroup, arguments, "{}")
+    }
+
+    /// The same with limits: `resources` as in the runtime's specification.
+    pub fn limited(&self, id: &str, cgroup: &str, arguments: &[&str], resources: &str) -> Command {
         let bundle = self.folder.join("bundles").join(id);
         fs::create_dir_all(&bundle).expect("a folder");
         let quoted: Vec<String> = arguments.iter().map(|argument| format!("{argument:?}")).collect();
@@ -55,7 +60,7 @@ impl Runc {
             "root": {{"path": {:?}, "readonly": true}}, "hostname": "container",
             "mounts": [{{"destination": "/proc", "type": "proc", "source": "proc"}},
                        {{"destination": "/dev", "type": "tmpfs", "source": "tmpfs"}}],
-            "linux": {{"cgroupsPath": {cgroup:?},
+            "linux": {{"cgroupsPath": {cgroup:?}, "resources": {resources},
                        "namespaces": [{{"type": "pid"}}, {{"type": "mount"}}, {{"type": "ipc"}}, {{"type": "uts"}}]}}}}"#,
             quoted.join(", "),
             self.folder.join("root"),

@@ -29,6 +29,7 @@ type Target = (&'static str, u32);
 /// to be parsed in some microseconds.
 const TARGETS: &[Target] = &[
     ("btf", 256),
+    ("capture_request", 256),
     ("cgroup_usage", 512),
     ("cgroups", 512),
     ("config", 192),

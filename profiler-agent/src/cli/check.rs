@@ -100,6 +100,7 @@ fn sampling(arguments: &Arguments) -> Vec<(&'static str, Verdict)> {
         debug_log: false,
         walk_in_parts: false,
         watch_wakeups: false,
+        attachments: kernel::Attachments::default(),
     };
     let mut kernel = match Kernel::load(&options) {
         Ok(kernel) => kernel,

@@ -11,6 +11,7 @@ mod run;
 mod status;
 mod stop;
 mod symbolize;
+mod trigger;
 
 use std::process::ExitCode;
 
@@ -41,6 +42,7 @@ Examples:
   profiler-agent record --output build.svg -- make        a command from start to end
   profiler-agent run                                      the daemon: OTLP to http://127.0.0.1:4317
   profiler-agent stop                                     stop the daemon's collection at once, and resume it
+  profiler-agent trigger --pid 1234 --frequency 499       more detail from the daemon, for 30 s
   profiler-agent check                                    what this machine allows
   profiler-agent symbolize --file app --lines 0x1f40      what is at a place in a file or process";
 
@@ -51,6 +53,7 @@ enum Command {
     Check(check::Arguments),
     Stop(stop::StopArguments),
     Resume(stop::ResumeArguments),
+    Trigger(trigger::Arguments),
     Symbolize(symbolize::Arguments),
 }
 
@@ -66,6 +69,7 @@ pub fn main() -> ExitCode {
         Command::Check(check) => check::main(&check),
         Command::Stop(stop) => stop::stop(stop),
         Command::Resume(resume) => stop::resume(resume),
+        Command::Trigger(trigger) => trigger::main(trigger),
         Command::Symbolize(symbolize) => symbolize::main(symbolize),
     };
     match outcome {

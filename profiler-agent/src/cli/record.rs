@@ -24,7 +24,7 @@ use crate::{
         self, BufferRows, Kernel, WaitOptions,
         privileges::{self, Holder},
     },
-    pipeline::{self, DRAIN_INTERVAL, PROFILE_QUEUE, Pace, Pipeline, rows_per_second},
+    pipeline::{self, DRAIN_INTERVAL, LAST_PATIENCE, PROFILE_QUEUE, Pace, Pipeline, rows_per_second},
     process::children_of,
     profile::{Events, Profile},
     scope,
@@ -247,6 +247,8 @@ async fn record(recording: &mut Recording, logging: Logging) -> anyhow::Result<E
             marks: Arc::default(),
         },
         window: None,
+        patience: LAST_PATIENCE,
+        ending: Arc::default(),
         debuginfod,
         source: recording.source,
         unwind_table_bytes: DEFAULT_TABLE_BYTES,
@@ -335,6 +337,7 @@ fn start_sampling(recording: &Recording, logging: Logging) -> anyhow::Result<(Ke
         debug_log: logging.kernel_debug,
         walk_in_parts: recording.walk_in_parts,
         watch_wakeups: recording.watch_wakeups,
+        attachments: kernel::Attachments::default(),
     })?;
     kernel.attach_notices()?;
     for &pid in &recording.pids {

@@ -69,7 +69,7 @@ pub(super) struct Arguments {
     /// While this file exists, nothing is collected.
     #[arg(long, env = "PROFILER_STOP_FILE", value_name = "FILE")]
     stop_file: Option<PathBuf>,
-    /// Socket for `profiler-agent stop` and `resume`.
+    /// Socket for `profiler-agent stop`, `resume` and `trigger`.
     #[arg(long, env = "PROFILER_CONTROL_SOCKET", value_name = "FILE")]
     control_socket: Option<PathBuf>,
     /// The kernel's type information, where it is not in its usual place.
@@ -141,6 +141,12 @@ Configuration file, with the defaults:
     every: 1m
     collect: 1m
     probability: 1
+  capture:
+    interval: 5s
+    max_running: 1
+    per_hour: 6
+    cooldown: 10m
+    rules: []
   budget:
     cpu: 1%
     memory_mib: 256
@@ -165,6 +171,11 @@ entry have to match, and one value of each; * stands for any characters:
         pod_labels: {tier: batch}
         pod_annotations: {example.com/private: '*'}
         containers: [istio-proxy]
+
+What is captured in more detail, and when; `profiler-agent trigger` does the same by hand:
+  capture:
+    rules:
+      - {name: leak, memory_growth: 64, for: 30s, capture: {duration: 30s, frequency: 499, event: both}}
 
 Several destinations take the place of export.endpoint, each with its own queue; files and the spool need folders:
   export:

@@ -3,15 +3,16 @@
 use std::{collections::BTreeSet, ops::RangeInclusive, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, bail, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     export::{duration, within},
+    scope::Entry,
     valid_frequency,
 };
 use crate::{
     control::capture::{
-        Capture, Settings, limits,
+        BY_HAND, Capture, Order, Settings, limits,
         rules::{Rule, Threshold},
     },
     profile::Events,
@@ -36,6 +37,8 @@ const DEFAULT_DURATION: Duration = Duration::from_secs(30);
 /// More than this is no capture but another configuration.
 const LONGEST: Duration = Duration::from_secs(300);
 const DURATION_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=LONGEST;
+/// Bytes of what somebody says about a capture by hand.
+const MAX_REASON: usize = 256;
 
 /// The file's section.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -61,14 +64,49 @@ struct RuleSection {
     capture: CaptureSection,
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
+/// What is captured. What is not said is as in the daemon's own profiles.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
-struct CaptureSection {
-    duration: Option<String>,
-    frequency: Option<u64>,
-    event: Option<Events>,
-    lines: Option<bool>,
-    inlines: Option<bool>,
+pub struct CaptureSection {
+    /// How long.
+    pub duration: Option<String>,
+    /// Samples per second and CPU.
+    pub frequency: Option<u64>,
+    /// CPU time, waits, or both.
+    pub event: Option<Events>,
+    /// Whether source lines are looked for.
+    pub lines: Option<bool>,
+    /// Whether inlined functions are looked for.
+    pub inlines: Option<bool>,
+}
+
+/// A capture that somebody asks for by hand, as it is sent.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Request {
+    /// Whom; nobody in particular: the whole machine.
+    pub scope: Option<Entry>,
+    /// What.
+    pub capture: CaptureSection,
+    /// Why, in somebody's own words.
+    pub reason: String,
+}
+
+impl Request {
+    /// Checks it as the configuration is checked. `knows_pods`: whether there is a cluster that knows pods.
+    pub fn validate(self, knows_pods: bool) -> anyhow::Result<Order> {
+        let scope = self.scope.map(|scope| scope.validate("scope", knows_pods)).transpose()?;
+        let asks_for_annotations = scope.as_ref().is_some_and(|scope| !scope.pod_annotations.is_empty());
+        // (Of annotations nothing is kept but what the configuration asks about.)
+        ensure!(!asks_for_annotations, "scope: pod_annotations: captures by hand ask for pod_labels instead");
+        let reason = self.reason.trim();
+        ensure!(
+            reason.len() <= MAX_REASON && !reason.contains(char::is_control),
+            "reason: it is no text of one line and {MAX_REASON} bytes at most"
+        );
+        let reason = if reason.is_empty() { "asked for by hand" } else { reason };
+        Ok(Order { rule: BY_HAND.into(), scope, capture: self.capture.validate()?, reason: reason.into() })
+    }
 }
 
 impl Settings {
@@ -154,6 +192,7 @@ fn number(key: &str, number: Option<usize>, default: usize, range: &RangeInclusi
 
 /// Names are labels of metrics, and attributes of what is captured.
 fn valid_name(name: &str) -> anyhow::Result<()> {
+    ensure!(name != BY_HAND, "name: {name:?} is what captures by hand are called");
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     ensure!(
         (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(is_allowed),
@@ -213,6 +252,7 @@ mod tests {
             ("per_hour: 1000\n", "capture.per_hour"),
             ("cooldown: never\n", "capture.cooldown"),
             ("rules: [{cpu: 1}]\n", "capture.rules, number 1: name"),
+            ("rules: [{name: trigger, cpu: 1}]\n", "capture.rules, number 1: name"),
             ("rules: [{name: 'a b', cpu: 1}]\n", "capture.rules, number 1: name"),
             ("rules: [{name: a}]\n", "capture.rules, \"a\": one of"),
             ("rules: [{name: a, cpu: 1, throttled: 0.5}]\n", "capture.rules, \"a\": only one of"),
@@ -230,5 +270,54 @@ mod tests {
             let error = format!("{:#}", merge(yaml).expect_err(yaml));
             assert!(error.contains(expected), "{yaml:?}: {error:?} does not say {expected:?}");
         }
+    }
+
+    fn request(json: &str) -> anyhow::Result<Order> {
+        serde_json::from_str::<Request>(json)?.validate(false)
+    }
+
+    /// What is asked for by hand is what a rule would ask for, of whomever it names.
+    #[test]
+    fn reads_requests() {
+        let order = request("{}").expect("the whole machine, as usual");
+        assert_eq!((&*order.rule, &order.scope, &*order.reason), ("trigger", &None, "asked for by hand"));
+        assert_eq!(order.capture.duration, DEFAULT_DURATION);
+        let json = r#"{"scope": {"pids": [7], "executables": ["java"]}, "reason": " slow logins ",
+                       "capture": {"duration": "10s", "frequency": 499, "event": "both", "lines": true}}"#;
+        let order = request(json).expect("valid");
+        assert_eq!((&*order.subject(), &*order.reason), ("process 7, executable java", "slow logins"));
+        let Capture { duration, frequency, events, lines, inlines } = order.capture;
+        assert_eq!((duration.as_secs(), frequency, events), (10, Some(499), Some(Events::Both)));
+        assert_eq!((lines, inlines), (Some(true), None));
+        // What is sent is what is read.
+        let sent = Request { scope: Some(Entry { pids: vec![7], ..Entry::default() }), ..Request::default() };
+        let sent = serde_json::to_string(&sent).expect("JSON");
+        assert_eq!(&*request(&sent).expect("valid").subject(), "process 7");
+    }
+
+    /// Every refusal names what is wrong.
+    #[test]
+    fn refuses_requests() {
+        let long = format!(r#"{{"reason": "{}"}}"#, "x".repeat(257));
+        for (json, expected) in [
+            ("", "EOF"),
+            ("7", "invalid type"),
+            (r#"{"scop": {}}"#, "scop"),
+            (r#"{"scope": {}}"#, "scope: it matches nothing"),
+            (r#"{"scope": {"pids": [0]}}"#, "scope: pids"),
+            (r#"{"scope": {"pids": [-1]}}"#, "-1"),
+            (r#"{"scope": {"namespaces": ["a"]}}"#, "scope: it asks about pods"),
+            (r#"{"capture": {"duration": "6m"}}"#, "capture.duration: 6m is outside"),
+            (r#"{"capture": {"frequency": 0}}"#, "capture.frequency"),
+            (r#"{"capture": {"event": "all"}}"#, "all"),
+            (r#"{"reason": "a\nb"}"#, "reason"),
+            (&long, "reason"),
+        ] {
+            let error = format!("{:#}", request(json).expect_err(json));
+            assert!(error.contains(expected), "{json:?}: {error:?} does not say {expected:?}");
+        }
+        let annotated = r#"{"scope": {"pod_annotations": {"a": "b"}}}"#;
+        let annotated = serde_json::from_str::<Request>(annotated).expect("JSON").validate(true);
+        assert!(annotated.is_err_and(|error| error.to_string().contains("pod_annotations")));
     }
 }

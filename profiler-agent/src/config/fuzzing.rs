@@ -1,8 +1,8 @@
 //! What the fuzz target of the configuration file calls.
 
-use super::{Config, Overrides, TABLE_MIB_RANGE, export::WINDOW_RANGE, parse};
-use crate::control::schedule::Schedule;
-use crate::scope::MAX_MATCHERS;
+use super::{Config, Overrides, Request, TABLE_MIB_RANGE, export::WINDOW_RANGE, parse};
+use crate::schedule::Schedule;
+use crate::scope::MAX_CONFIGURED;
 
 /// The configuration file: what is accepted is within the limits.
 pub fn config(bytes: &[u8]) {
@@ -28,10 +28,24 @@ pub fn config(bytes: &[u8]) {
         // There is no cluster.
         assert!(!matcher.is_empty() && !matcher.asks_about_pods());
     }
-    assert!(config.scope.include.len() + config.scope.exclude.len() <= MAX_MATCHERS);
+    assert!(config.scope.include.len() + config.scope.exclude.len() <= MAX_CONFIGURED);
     if let Some(debuginfod) = config.debuginfod {
         assert!(!debuginfod.urls.is_empty());
         assert!(debuginfod.max_file_bytes < debuginfod.cache_bytes);
         assert!(debuginfod.urls.iter().all(|url| !url.to_string().contains('@')));
     }
+}
+
+/// A capture that a client asks for: what is accepted is within the limits, and can be said on one line.
+pub fn capture_request(bytes: &[u8]) {
+    let Ok(request) = serde_json::from_slice::<Request>(bytes) else { return };
+    let sent = serde_json::to_vec(&request).unwrap_or_default();
+    let [order, again] = [serde_json::from_slice::<Request>(&sent).ok(), Some(request)]
+        .map(|request| request.and_then(|request| request.validate(true).ok()));
+    assert_eq!(order, again);
+    let Some(order) = order else { return };
+    assert!(order.capture.duration.as_secs() >= 1 && order.capture.duration.as_secs() <= 300);
+    assert!(order.capture.frequency != Some(0) && order.scope.as_ref().is_none_or(|scope| !scope.is_empty()));
+    let subject = order.subject();
+    assert!(!subject.is_empty() && !subject.contains(char::is_control) && !order.reason.contains(char::is_control));
 }

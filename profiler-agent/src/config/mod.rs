@@ -16,10 +16,12 @@ mod status;
 
 pub use self::{
     bounds::{Budget, Control, ControlOverrides},
+    capture::{CaptureSection, Request},
     environment::Environment,
     export::{Export, ExportOverrides, FileFormat, Files, Spool},
     kubernetes::{InCluster, Kubernetes, KubernetesOverrides, MISSING_NODE, Surroundings},
     labels::{LabelOverrides, Labels},
+    scope::Entry,
     status::{Status, StatusOverrides},
 };
 
@@ -171,7 +173,7 @@ pub struct Config {
     /// How waits are sampled.
     pub waits: WaitOptions,
     /// When agents collect.
-    pub schedule: control::schedule::Settings,
+    pub schedule: crate::schedule::Settings,
     /// What is captured in more detail.
     pub capture: control::capture::Settings,
     /// Most kernel memory for rows of unwind tables, bytes.
@@ -253,7 +255,7 @@ impl Config {
                     .unwrap_or(DEFAULT_WAITS.stacks_per_second),
                 min_duration: min_wait,
             },
-            schedule: control::schedule::Settings::merge(file.schedule)?,
+            schedule: crate::schedule::Settings::merge(file.schedule)?,
             capture: control::capture::Settings::merge(file.capture)?,
             table_bytes: (table_mib as usize) << 20,
             debuginfod: overrides.debuginfod.over(file.symbolize.debuginfod).validate()?,
@@ -375,7 +377,7 @@ mod tests {
             frequency: 99,
             events: Events::OnCpu,
             waits: DEFAULT_WAITS,
-            schedule: control::schedule::Settings::default(),
+            schedule: crate::schedule::Settings::default(),
             capture: control::capture::Settings::merge(capture::Section::default()).expect("a default"),
             table_bytes: 64 << 20,
             debuginfod: None,

@@ -6,7 +6,7 @@ use anyhow::{bail, ensure};
 use serde::Deserialize;
 
 use super::export::{duration, within};
-use crate::control::schedule::{Rotation, Settings, Turns};
+use crate::schedule::{Rotation, Settings, Turns};
 
 /// Shorter slots would be spent on starting and stopping; in longer ones, clocks and nodes change.
 const EVERY_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use anyhow::{bail, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::labels::{MAX_ENTRIES, valid_name};
 use crate::{
     pattern::Pattern,
-    scope::{MAX_MATCHERS, Matcher, Rules},
+    scope::{MAX_CONFIGURED, Matcher, Rules},
 };
 
 /// Bytes of a pattern: of a path, mostly.
@@ -23,24 +23,31 @@ pub(super) struct Section {
     exclude: Vec<Entry>,
 }
 
-/// One matcher.
-#[derive(Clone, Debug, Default, Deserialize)]
+/// One matcher: see [`Matcher`].
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, default)]
-struct Entry {
-    pids: Vec<u32>,
-    executables: Vec<String>,
-    cgroups: Vec<String>,
-    containers: Vec<String>,
-    namespaces: Vec<String>,
-    pod_labels: BTreeMap<String, String>,
-    pod_annotations: BTreeMap<String, String>,
+pub struct Entry {
+    /// Processes, with their children.
+    pub pids: Vec<u32>,
+    /// Patterns of executable files.
+    pub executables: Vec<String>,
+    /// Patterns of cgroups' paths.
+    pub cgroups: Vec<String>,
+    /// Patterns of containers' IDs and names.
+    pub containers: Vec<String>,
+    /// Patterns of pods' namespaces.
+    pub namespaces: Vec<String>,
+    /// Patterns of pods' labels.
+    pub pod_labels: BTreeMap<String, String>,
+    /// Patterns of pods' annotations.
+    pub pod_annotations: BTreeMap<String, String>,
 }
 
 impl Section {
     /// `knows_pods`: whether there is a cluster that knows pods.
     pub(super) fn validate(self, knows_pods: bool) -> anyhow::Result<Rules> {
         let count = self.include.len() + self.exclude.len();
-        ensure!(count <= MAX_MATCHERS, "scope: {count} entries are more than {MAX_MATCHERS}");
+        ensure!(count <= MAX_CONFIGURED, "scope: {count} entries are more than {MAX_CONFIGURED}");
         let list = |name: &str, entries: Vec<Entry>| -> anyhow::Result<Vec<Matcher>> {
             let numbered = (1..).zip(entries);
             numbered
@@ -50,13 +57,14 @@ impl Section {
         Ok(Rules {
             include: list("include", self.include)?,
             exclude: list("exclude", self.exclude)?,
+            within: Vec::new(),
             honor_annotation: self.honor_annotation.unwrap_or(true),
         })
     }
 }
 
 impl Entry {
-    fn validate(self, key: &str, knows_pods: bool) -> anyhow::Result<Matcher> {
+    pub(super) fn validate(self, key: &str, knows_pods: bool) -> anyhow::Result<Matcher> {
         let list = |field: &str, values: &[String]| patterns(&format!("{key}: {field}"), values);
         let pairs = |field: &str, values: BTreeMap<String, String>| -> anyhow::Result<BTreeMap<String, Pattern>> {
             let key = format!("{key}: {field}");
@@ -142,6 +150,7 @@ mod tests {
                 cgroups: vec!["/system.slice".into()],
                 ..Matcher::default()
             }],
+            within: Vec::new(),
             honor_annotation: false,
         };
         assert_eq!(validate(yaml, true).expect("valid"), expected);
@@ -152,7 +161,7 @@ mod tests {
     /// Every refusal names the entry and what is wrong with it.
     #[test]
     fn refusals_name_the_entry() {
-        let many = "- {pids: [1]}\n".repeat(64);
+        let many = "- {pids: [1]}\n".repeat(63);
         for (yaml, expected) in [
             ("exclude: [{}]\n", "scope.exclude, number 1: it matches nothing"),
             ("exclude: [{pids: []}]\n", "scope.exclude, number 1: it matches nothing"),
@@ -163,7 +172,7 @@ mod tests {
             ("exclude: [{cgroups: [system.slice]}]\n", "no path"),
             ("exclude: [{pids: [0]}]\n", "no process 0"),
             ("exclude: [{pids: [a]}]\n", "a"),
-            (&format!("exclude:\n{many}"), "64 entries are more than 63"),
+            (&format!("exclude:\n{many}"), "63 entries are more than 62"),
         ] {
             let error = format!("{:#}", validate(yaml, false).expect_err(yaml));
             assert!(error.contains(expected), "{yaml:?}: {error:?} does not say {expected:?}");

@@ -17,7 +17,8 @@ pub(super) fn books(stats: &Stats, events: Events) -> Vec<String> {
         let mut dropped = stats.dropped_in_all();
         dropped += destination.dropped_in_all();
         let (recovered, [_, spool]) = (destination.recovered.get(), destination.waiting());
-        if events.includes_on_cpu() {
+        // (Captures may record something else.)
+        if events.includes_on_cpu() || stats.kernel(Counter::Seen) > 0 {
             let mut line = format!(
                 "stopped: {name}seen {}, exported {}, lost in kernel {}, dropped {}",
                 stats.kernel(Counter::Seen),
@@ -35,7 +36,7 @@ pub(super) fn books(stats: &Stats, events: Events) -> Vec<String> {
             }
             lines.push(line);
         }
-        if events.includes_off_cpu() {
+        if events.includes_off_cpu() || exported.off_cpu_ns > 0 {
             let seconds = |nanoseconds| Duration::from_nanos(nanoseconds).as_secs_f64();
             let mut line = format!(
                 "off the CPU: {name}exported {:.3} s, lost in kernel {:.3} s, dropped {:.3} s",

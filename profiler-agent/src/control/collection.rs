@@ -1,13 +1,17 @@
 //! One run of collection: kernel programs and a pipeline, from start to stop. There may be many in the life of a daemon.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use tokio::{
     sync::{mpsc, oneshot},
     task::{JoinHandle, spawn_blocking},
 };
-use tracing::{debug, info};
+use tracing::debug;
 
 use crate::{
     allowance::Allowance,
@@ -17,8 +21,8 @@ use crate::{
         self,
         kubernetes::{self, Pods},
     },
-    pipeline::{self, DRAIN_INTERVAL, Pace, Pipeline, rows_per_second},
-    profile::Profile,
+    pipeline::{self, DRAIN_INTERVAL, NAMING_PATIENCE, Pace, Pipeline, rows_per_second},
+    profile::{Mark, Profile},
     redact::Redaction,
     scope,
     status::Stats,
@@ -26,6 +30,7 @@ use crate::{
 };
 
 /// What all runs have in common.
+#[derive(Clone)]
 pub(super) struct Surroundings {
     /// The kernel's type information.
     pub(super) btf: PathBuf,
@@ -38,24 +43,57 @@ pub(super) struct Surroundings {
     pub(super) profiles: mpsc::Sender<Profile>,
 }
 
+/// What a run does.
+pub(super) struct Plan {
+    /// What is collected, and of whom.
+    pub(super) config: Config,
+    pub(super) labels: label::Options,
+    pub(super) pace: Pace,
+    /// How long a window stays open; `None`: until the end.
+    pub(super) window: Option<Duration>,
+    /// How long a window that is closed waits for files to be read.
+    pub(super) patience: Duration,
+    /// Who is asked for debug files.
+    pub(super) debuginfod: Option<Arc<Debuginfod>>,
+    /// The links of its programs: see [`kernel::Options`].
+    pub(super) attachments: Attachments,
+    /// See [`pipeline::Options`].
+    pub(super) ending: Arc<OnceLock<Mark>>,
+}
+
 /// A run that is under way.
 pub(super) struct Collection {
     pipeline: Pipeline,
     attachments: Attachments,
     counters: Counters,
+    debuginfod: Option<Arc<Debuginfod>>,
+    /// What is collected, in words.
+    pub(super) description: String,
+}
+
+impl Plan {
+    /// The daemon's own.
+    pub(super) fn new(config: &Config, labels: label::Options, pace: Pace) -> anyhow::Result<Self> {
+        let debuginfod =
+            config.debuginfod.clone().map(Debuginfod::start).transpose().context("debuginfod cannot be used")?;
+        Ok(Self {
+            config: config.clone(),
+            labels,
+            pace,
+            window: Some(config.export.window),
+            patience: NAMING_PATIENCE,
+            debuginfod: debuginfod.map(Arc::new),
+            attachments: Attachments::default(),
+            ending: Arc::default(),
+        })
+    }
 }
 
 impl Collection {
     /// Loads the programs and starts to collect.
-    pub(super) fn start(
-        config: &Config,
-        labels: label::Options,
-        pace: Pace,
-        surroundings: &Surroundings,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn start(plan: Plan, surroundings: &Surroundings) -> anyhow::Result<Self> {
+        let Plan { config, labels, pace, window, patience, debuginfod, attachments, ending } = plan;
         let stats = &surroundings.stats;
-        let debuginfod =
-            config.debuginfod.clone().map(Debuginfod::start).transpose().context("debuginfod cannot be used")?;
         let cpus = kernel::online_cpus().map_or(1, |cpus| cpus.len());
         let rows = rows_per_second(config.events, config.frequency);
         let mut kernel = Kernel::load(&kernel::Options {
@@ -69,9 +107,10 @@ impl Collection {
             debug_log: surroundings.kernel_debug,
             walk_in_parts: false,
             watch_wakeups: false,
+            attachments: attachments.clone(),
         })?;
         stats.keep_kernel_counters();
-        let (attachments, counters) = (kernel.attachments(), kernel.counters());
+        let counters = kernel.counters();
         if config.scope.are_strict() || pace.replicas.is_some() {
             kernel.withhold()?;
         }
@@ -86,21 +125,28 @@ impl Collection {
             format!("sampling {} CPUs at {} Hz{source}", clock.cpus(), pace.frequency)
         });
         let waits = config.events.includes_off_cpu().then(|| "following waits".to_owned());
-        info!("{}", [cpu_time, waits].into_iter().flatten().collect::<Vec<_>>().join(" and "));
+        let description = [cpu_time, waits].into_iter().flatten().collect::<Vec<_>>().join(" and ");
         let options = pipeline::Options {
             events: config.events,
             pace,
-            window: Some(config.export.window),
-            debuginfod: debuginfod.map(Arc::new),
+            window,
+            patience,
+            ending,
+            debuginfod: debuginfod.clone(),
             source: config.source,
             unwind_table_bytes: config.table_bytes,
             allowance: Arc::clone(&surroundings.allowance),
             labels,
-            scope: config.scope.clone(),
+            scope: config.scope,
             watch: None,
         };
         let pipeline = Pipeline::start(kernel, options, surroundings.profiles.clone(), stats)?;
-        Ok(Self { pipeline, attachments, counters })
+        Ok(Self { pipeline, attachments, counters, debuginfod, description })
+    }
+
+    /// Who is asked for debug files.
+    pub(super) fn debuginfod(&self) -> Option<Arc<Debuginfod>> {
+        self.debuginfod.clone()
     }
 
     /// Goes on at another pace.

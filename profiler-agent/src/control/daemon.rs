@@ -4,16 +4,15 @@
 //! and of the exporters.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use tokio::{
     net::TcpListener,
-    signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
     task::JoinHandle,
     time::{MissedTickBehavior, interval},
@@ -22,28 +21,31 @@ use tracing::{error, info, warn};
 
 use super::{
     books::books,
-    collection::{Collection, Surroundings, label_options},
+    capture::{
+        Ended, Order,
+        running::{self, Captures, Means},
+    },
+    collection::{Collection, Plan, Surroundings, label_options},
+    delivery::{delivery_options, destinations},
+    demand::{Declined, Demand},
     effort::{deferred_work, describe, governor, pace, schedule, wanted},
     governor::Governor,
     kill_switch::KillSwitch,
     reload::Source,
-    schedule::{Phase, Schedule},
-    socket::{self, Command, Reply},
+    signals::Signals,
+    socket::{self, Command},
     spending::{Meter, memory},
     stats::ControlStats,
 };
 use crate::{
     allowance::Allowance,
-    config::{self, Config, FileFormat, Overrides},
-    export::{
-        self, Format,
-        delivery::{self, Delivering, Delivery},
-        files, otlp,
-    },
+    config::{Config, Overrides, Request},
+    export::delivery::{Delivering, Delivery},
     kernel, label,
     pipeline::{PROFILE_QUEUE, Pace},
     profile::Profile,
     redact::Redaction,
+    schedule::{Phase, Schedule},
     status::{self, Access, Stats},
 };
 
@@ -55,8 +57,8 @@ const LOOK: Duration = Duration::from_millis(500);
 const LOOKS_PER_SECOND: u32 = 2;
 /// Seconds until collection is tried again where it could not be resumed.
 const RETRY_SECONDS: u32 = 10;
-/// Commands that may wait.
-const COMMAND_QUEUE: usize = 8;
+/// Commands, and rules that have fired, that may wait.
+const DEMAND_QUEUE: usize = 8;
 
 /// What the command line says.
 pub struct Options {
@@ -92,30 +94,10 @@ struct Daemon {
     governor: Governor,
     meter: Meter,
     state: State,
+    captures: Captures,
     /// Seconds until collection is tried again, after it could not be started.
     retry: u32,
     stats: Arc<Stats>,
-}
-
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hangup: Signal,
-    stop: Signal,
-    resume: Signal,
-}
-
-impl Signals {
-    fn catch() -> anyhow::Result<Self> {
-        let catch = |kind, name| signal(kind).with_context(|| format!("{name} cannot be caught"));
-        Ok(Self {
-            interrupt: catch(SignalKind::interrupt(), "SIGINT")?,
-            terminate: catch(SignalKind::terminate(), "SIGTERM")?,
-            hangup: catch(SignalKind::hangup(), "SIGHUP")?,
-            stop: catch(SignalKind::user_defined1(), "SIGUSR1")?,
-            resume: catch(SignalKind::user_defined2(), "SIGUSR2")?,
-        })
-    }
 }
 
 /// Runs until it is told to end.
@@ -128,11 +110,13 @@ pub async fn run(options: Options, config: Config) -> anyhow::Result<ExitCode> {
     let stats = Arc::new(Stats::default());
     let labels = labels_of(&config, &stats)?;
     let delivery = Delivery::open(delivery_options(config.export.clone()), &stats)?;
-    let (profiles, queue) = mpsc::channel(PROFILE_QUEUE);
+    // (Captures may end at the same time as a window does.)
+    let (profiles, queue) = mpsc::channel(PROFILE_QUEUE + config.capture.limits.max_running);
     let status = tokio::spawn(status::serve(listener, access, Arc::clone(&stats)));
-    let (commands, mut orders) = mpsc::channel(COMMAND_QUEUE);
-    let control = socket::listen(&config.control.socket, commands);
-    let mut daemon = Daemon::new(options, config, labels, profiles, &stats)?;
+    let (demands, mut demanded) = mpsc::channel(DEMAND_QUEUE);
+    let control = socket::listen(&config.control.socket, demands.clone());
+    let captures = Captures::new(&config.capture, &stats, demands);
+    let mut daemon = Daemon::new(options, config, labels, profiles, captures, &stats)?;
     let mut delivering = delivery.start(queue)?;
     info!(
         "exporting to {} every {}; status on http://{}/metrics",
@@ -140,9 +124,6 @@ pub async fn run(options: Options, config: Config) -> anyhow::Result<ExitCode> {
         humantime::format_duration(daemon.config.export.window),
         listen,
     );
-    if !daemon.config.capture.rules.is_empty() {
-        warn!("capture.rules are not carried out by this version: nothing comes of them");
-    }
     if daemon.config.schedule.replicas.is_some() && daemon.config.kubernetes.is_none() {
         warn!("schedule.replicas holds for nobody: nothing here knows pods (see kubernetes)");
     }
@@ -160,7 +141,7 @@ pub async fn run(options: Options, config: Config) -> anyhow::Result<ExitCode> {
             _ = signals.hangup.recv() => daemon.reload(true),
             _ = signals.stop.recv() => daemon.kill_switch.command(true),
             _ = signals.resume.recv() => daemon.kill_switch.command(false),
-            Some((command, reply)) = orders.recv() => daemon.obey(command, reply),
+            Some(demand) = demanded.recv() => daemon.meet(demand),
             _ = looks.tick() => {
                 look = look.wrapping_add(1);
                 daemon.kill_switch.look();
@@ -189,6 +170,7 @@ impl Daemon {
         config: Config,
         labels: label::Options,
         profiles: mpsc::Sender<Profile>,
+        captures: Captures,
         stats: &Arc<Stats>,
     ) -> anyhow::Result<Self> {
         let surroundings = Surroundings {
@@ -212,6 +194,7 @@ impl Daemon {
             meter: Meter::new(stats, Arc::clone(&surroundings.allowance)),
             surroundings,
             state: State::Stopped,
+            captures,
             retry: 0,
             stats: Arc::clone(stats),
         };
@@ -228,6 +211,9 @@ impl Daemon {
     fn reconcile(&mut self) {
         let is_off = self.kill_switch.is_off();
         self.stats.set_stopped(is_off);
+        if is_off {
+            self.captures.end(Ended::Stopped);
+        }
         match &self.state {
             State::Running(_) if is_off => self.stop(),
             State::Stopped if !is_off && self.retry == 0 => {
@@ -241,9 +227,12 @@ impl Daemon {
     }
 
     fn start(&mut self) -> anyhow::Result<()> {
-        let collection = Collection::start(&self.config, self.labels.clone(), self.pace(), &self.surroundings)?;
+        let plan = Plan::new(&self.config, self.labels.clone(), self.pace())?;
+        let collection = Collection::start(plan, &self.surroundings)?;
+        info!("{}", collection.description);
         self.state = State::Running(collection);
         // (What it takes to begin is over, and says nothing of what comes.)
+        self.governor.begin();
         self.meter = Meter::new(&self.stats, Arc::clone(&self.surroundings.allowance));
         self.stats.set_ready(true);
         Ok(())
@@ -291,7 +280,39 @@ impl Daemon {
         }
     }
 
-    fn obey(&mut self, command: Command, reply: Reply) {
+    fn meet(&mut self, demand: Demand) {
+        // An error in what follows means that nobody waits for the answer any more.
+        match demand {
+            Demand::Command(command, reply) => {
+                let state = self.obey(command);
+                let _ = reply.send(state);
+            }
+            Demand::Capture(request, reply) => match self.understand(*request) {
+                Ok(order) => {
+                    self.capture(&order, Some(reply));
+                }
+                Err(error) => {
+                    let _ = reply.send(Err(Declined::Invalid(format!("{error:#}"))));
+                }
+            },
+            Demand::Trigger(trigger, reply) => {
+                // (What fired before the configuration changed may not be a rule any more.)
+                let is_rule = self.config.capture.rules.contains(&trigger.rule);
+                let _ = reply.send(is_rule && self.capture(&Order::from(&trigger), None));
+            }
+        }
+    }
+
+    fn understand(&self, request: Request) -> anyhow::Result<Order> {
+        let order = request.validate(self.config.kubernetes.is_some())?;
+        let mut pids = order.scope.iter().flat_map(|scope| &scope.pids);
+        match pids.find(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            Some(pid) => bail!("scope: pids: there is no process {pid}"),
+            None => Ok(order),
+        }
+    }
+
+    fn obey(&mut self, command: Command) -> socket::State {
         match command {
             Command::Stop => self.kill_switch.command(true),
             Command::Resume => self.kill_switch.command(false),
@@ -300,13 +321,27 @@ impl Daemon {
         }
         self.kill_switch.look();
         self.reconcile();
-        let state = socket::State {
+        socket::State {
             collecting: matches!(self.state, State::Running(_)),
             stopped_by: self.kill_switch.reasons().into_iter().map(|reason| reason.label().to_owned()).collect(),
             frequency: self.governor.effort().frequency,
+            captures: self.captures.list(),
+        }
+    }
+
+    /// Starts a capture, if it may be. Whether it is.
+    fn capture(&mut self, order: &Order, reply: Option<running::Reply>) -> bool {
+        self.kill_switch.look();
+        if self.kill_switch.is_off() {
+            self.captures.refuse_stopped(reply);
+            return false;
+        }
+        let debuginfod = match &self.state {
+            State::Running(collection) => collection.debuginfod(),
+            State::Stopping(_) | State::Stopped => None,
         };
-        // An error means that nobody waits for it any more.
-        let _ = reply.send(state);
+        let (config, labels, surroundings) = (&self.config, self.labels.clone(), &self.surroundings);
+        self.captures.start(order, Means { config, labels, surroundings, debuginfod }, reply)
     }
 
     /// Sees to the budget, once a second.
@@ -318,7 +353,11 @@ impl Daemon {
         let spent = self.meter.read(&self.stats, self.governor.effort().wait_share.is_some());
         let memory = memory();
         let (cost, budget) = (self.governor.cost(), self.governor.budget());
-        if self.phase.collects && self.governor.observe(spent, memory, collection.has_reached_pace()) {
+        // (Each change of the effort begins to add up the cost anew.)
+        let is_least = self.governor.effort().frequency <= self.governor.least_frequency();
+        self.captures.keep_budget(is_least && cost > budget);
+        let captures = !self.captures.is_empty();
+        if (self.phase.collects || captures) && self.governor.observe(spent, memory, collection.has_reached_pace()) {
             let effort = self.governor.effort();
             info!("{}", describe(&effort, &wanted(&self.config), cost, budget));
             collection.set_pace(self.pace());
@@ -376,7 +415,7 @@ impl Daemon {
     fn take_over(&mut self, config: Config) -> anyhow::Result<()> {
         let old = &self.config;
         if config.status != old.status || config.export != old.export || config.control.socket != old.control.socket {
-            anyhow::bail!("export, status.listen and control.socket only change with a restart of the agent");
+            bail!("export, status.listen and control.socket only change with a restart of the agent");
         }
         let needs_restart = restarts(&config, old);
         let schedule = schedule(&config)?;
@@ -386,6 +425,7 @@ impl Daemon {
         self.kill_switch.configure(config.control.stop_file.clone(), config.control.stopped);
         (self.phase, self.schedule) = (schedule.at(SystemTime::now()), schedule);
         (self.redact_log)(&config.redact);
+        self.captures.configure(&self.config.capture, &config.capture);
         self.config = config;
         self.governor = governor(&self.config);
         self.surroundings.allowance.set_rate(deferred_work(&self.config));
@@ -408,14 +448,16 @@ impl Daemon {
             State::Running(_) | State::Stopped => None,
         };
         let (stats, events) = (Arc::clone(&self.stats), self.config.events);
+        let captures = self.captures.finish();
         // The queue of profiles is closed behind the last one.
-        drop(self);
+        drop((self.surroundings, self.state));
         // (An error means that a thread panicked, which was said.)
         let _ = tokio::task::spawn_blocking(move || delivering.finish(FLUSH_TIMEOUT)).await;
         let outcome = match flushing {
             Some(flushing) => flushing.await.context("collection ended badly").and_then(|outcome| outcome),
             None => Ok(()),
         };
+        captures.await;
         for line in books(&stats, events) {
             info!("{line}");
         }
@@ -441,31 +483,4 @@ fn restarts(new: &Config, old: &Config) -> bool {
         || new.redact != old.redact
         // The buffers were made for the old one.
         || new.frequency > old.frequency
-}
-
-/// The configuration in the exporters' own words.
-fn delivery_options(export: config::Export) -> delivery::Options {
-    let limits = |bytes, age| export::Limits { bytes, age };
-    delivery::Options {
-        destinations: export.destinations,
-        spool: export.spool.map(|spool| delivery::SpoolOptions {
-            folder: spool.folder,
-            limits: limits(spool.bytes, Some(spool.max_age)),
-        }),
-        queue_bytes: export.queue_bytes,
-        files: export.files.map(|files| files::Settings {
-            folder: files.folder,
-            format: match files.format {
-                FileFormat::Pprof => Format::Pprof,
-                FileFormat::Otlp => Format::Otlp,
-            },
-            limits: limits(files.bytes, None),
-        }),
-        encoding: otlp::Options { original_payload: export.original_payload },
-    }
-}
-
-/// Where profiles go, for people.
-fn destinations(stats: &Stats) -> String {
-    stats.destinations().iter().map(|destination| destination.name.as_str()).collect::<Vec<_>>().join(", ")
 }

@@ -1,10 +1,13 @@
 //! How much is done: what the configuration asks for, what the governor leaves of it, and what the pipeline is told.
 
-use super::{
-    governor::{FILES_PART, Governor},
+use super::governor::{FILES_PART, Governor};
+use crate::{
+    config::Config,
+    kernel,
+    pipeline::Pace,
+    profile::Mark,
     schedule::{NotAMember, Phase, Replicas, Schedule},
 };
-use crate::{config::Config, kernel, pipeline::Pace, profile::Mark};
 
 /// How closely the machine is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

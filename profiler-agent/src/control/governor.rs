@@ -34,8 +34,15 @@ const LEAST_SWITCH: f64 = 90e-9;
 const MOST_FOR_SWITCHES: f64 = 0.8;
 /// How much is added when there is.
 const STEP: f64 = 1.5;
-/// The least that one correction leaves.
+/// The least that one correction leaves; and the first one, if it is for what may be a burst of the agent's: that is one
+/// which was quiet for some seconds.
 const LARGEST_CUT: f64 = 0.1;
+const LARGEST_FIRST_CUT: f64 = 0.5;
+const BURST: u32 = 10;
+/// Seconds after the begin in which what the agent does itself counts for this part of the budget at most: it gets to know
+/// what is there.
+const BEGIN: u32 = 30;
+const BEGIN_PART: f64 = 0.3;
 /// Seconds after a change for which its effect is not known yet.
 const SETTLING: u32 = 3;
 /// Seconds that there has to be room for before more is done: at first, and at most.
@@ -73,6 +80,8 @@ pub struct Governor {
     memory_settling: u32,
     /// Whether memory alone has put details off.
     short_of_memory: bool,
+    /// Seconds since collection began.
+    since_begin: u32,
 }
 
 impl Governor {
@@ -84,19 +93,30 @@ impl Governor {
             wanted,
             effort: wanted,
             spent: VecDeque::new(),
-            since_change: 0,
+            since_change: MOST_PATIENCE,
             did_more: false,
             calm: 0,
             patience: PATIENCE,
             memory_calm: 0,
             memory_settling: 0,
             short_of_memory: false,
+            since_begin: 0,
         }
+    }
+
+    /// Collection begins, or begins again.
+    pub fn begin(&mut self) {
+        self.since_begin = 0;
     }
 
     /// What is done now.
     pub fn effort(&self) -> Effort {
         self.effort
+    }
+
+    /// The sampling rate below which nothing is given up any more.
+    pub fn least_frequency(&self) -> u64 {
+        (self.wanted.frequency / LEAST_PART).max(1)
     }
 
     /// What may be spent, CPU seconds per second.
@@ -118,7 +138,9 @@ impl Governor {
     /// last; until it is, nothing more is decided. Returns whether the effort changes.
     pub fn observe(&mut self, spent: Spent, memory: Option<usize>, is_reached: bool) -> bool {
         let before = self.effort;
-        self.spent.push_back(spent);
+        self.since_begin = self.since_begin.saturating_add(1);
+        let most = if self.since_begin <= BEGIN { self.budget * BEGIN_PART * spent.elapsed } else { f64::INFINITY };
+        self.spent.push_back(Spent { agent: spent.agent.min(most), ..spent });
         if self.spent.len() > AGENT_SECONDS {
             self.spent.pop_front();
         }
@@ -180,25 +202,16 @@ impl Governor {
 
     fn do_less(&mut self, cost: f64) {
         let before = self.effort;
-        let mut left = cost;
-        // What each switch costs does not depend on how many stacks are taken, and falls by less than half each time, since
-        // it is looked at all the same.
-        let switches = self.average(PROGRAMS_SECONDS, |spent| spent.switches);
-        let least = self.least_for_switches();
-        if let Some(share) = self.effort.wait_share.filter(|_| switches > self.budget / 2.0) {
-            left -= switches;
-            let is_least = share == MAX_SHARE && self.effort.frequency == self.least_frequency();
-            if is_least || least > self.budget * MOST_FOR_SWITCHES {
-                self.effort.wait_share = None;
-            } else {
-                let steps = if switches > self.budget { 2 } else { 1 };
-                let next = share.saturating_add(steps).min(MAX_SHARE);
-                self.effort.wait_share = Some(next);
-                left += least + (switches - least).max(0.0) / f64::from(1_u32 << (next - share));
-            }
-        }
-        if left > self.budget {
-            let part = (self.budget * AIM / left).max(LARGEST_CUT);
+        let average = |part: fn(&Spent) -> f64| self.average(PROGRAMS_SECONDS, part);
+        let (switches, rest_of_programs) = (average(|spent| spent.switches), average(Spent::programs));
+        let (followed, fixed) = self.fewer_waits(switches);
+        let scalable = (cost - switches).max(0.0);
+        self.effort.wait_share = followed;
+        if fixed + scalable > self.budget {
+            // What the agent does itself may be a burst: of processes that have just been started, for instance.
+            let may_end = fixed + rest_of_programs - switches < self.budget && self.since_change > BURST;
+            let most = if may_end { LARGEST_FIRST_CUT } else { LARGEST_CUT };
+            let part = ((self.budget - fixed).max(0.0) * AIM / scalable).max(most);
             let least = self.least_frequency();
             self.effort.frequency = scaled(self.effort.frequency, part).max(least);
             let stacks = if self.effort.wait_stacks == 0 { ALL_STACKS } else { self.effort.wait_stacks };
@@ -210,8 +223,19 @@ impl Governor {
         }
     }
 
-    fn least_frequency(&self) -> u64 {
-        (self.wanted.frequency / LEAST_PART).max(1)
+    /// The share of waits to follow when `switches` cost so much, and what they will cost then: that does not depend on how
+    /// many stacks are taken, and a part of it does not on how many are followed.
+    fn fewer_waits(&self, switches: f64) -> (Option<u32>, f64) {
+        let Some(share) = self.effort.wait_share.filter(|_| switches > self.budget / 2.0) else {
+            return (self.effort.wait_share, switches);
+        };
+        let least = self.least_for_switches();
+        let is_least = share == MAX_SHARE && self.effort.frequency <= self.least_frequency();
+        if is_least || least > self.budget * MOST_FOR_SWITCHES {
+            return (None, 0.0);
+        }
+        let next = share.saturating_add(if switches > self.budget { 2 } else { 1 }).min(MAX_SHARE);
+        (Some(next), least + (switches - least).max(0.0) / f64::from(1_u32 << (next - share)))
     }
 
     fn do_more(&mut self) {

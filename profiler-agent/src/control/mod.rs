@@ -7,18 +7,22 @@ pub mod capture;
 pub mod client;
 mod collection;
 mod daemon;
+mod delivery;
+mod demand;
 mod effort;
 mod governor;
 mod kill_switch;
 mod reload;
-pub mod schedule;
+mod signals;
 mod socket;
 mod spending;
 mod stats;
 
 pub use self::{
+    capture::CaptureStats,
     collection::label_options,
     daemon::{Options, run},
+    demand::CaptureState,
     effort::Effort,
     socket::{Command, State},
     spending::Spent,

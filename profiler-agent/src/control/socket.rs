@@ -9,8 +9,13 @@ use std::{
     time::Duration,
 };
 
-use http_body_util::Full;
-use hyper::{Method, Request, Response, StatusCode, body::Bytes, server::conn::http1, service::service_fn};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Bytes, Incoming},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -20,10 +25,20 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
+use super::{
+    capture::limits::Refusal,
+    demand::{CaptureState, Declined, Demand},
+};
+use crate::config;
+
 /// Connections served at once; further ones wait.
 const MAX_CONNECTIONS: usize = 8;
-/// How long a client may take to send its request's head.
+/// How long a client may take to send its request's head, and how long for the rest of it.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest request for a capture, bytes.
+const MAX_BODY: usize = 8 << 10;
+/// Where captures are asked for.
+pub(super) const TRIGGER: &str = "/trigger";
 /// Only its user may use the socket.
 const MODE: u32 = 0o600;
 
@@ -66,10 +81,10 @@ pub struct State {
     pub stopped_by: Vec<String>,
     /// Samples per second and CPU.
     pub frequency: u64,
+    /// Captures that run beside.
+    #[serde(default)]
+    pub captures: Vec<CaptureState>,
 }
-
-/// Where the answer to a command goes.
-pub(super) type Reply = oneshot::Sender<State>;
 
 /// A socket that commands come from, as long as this is not ended.
 pub(super) struct Listening {
@@ -89,7 +104,7 @@ impl Listening {
 }
 
 /// Listens for commands. Where that is not possible the daemon does without them.
-pub(super) fn listen(path: &Path, commands: mpsc::Sender<(Command, Reply)>) -> Listening {
+pub(super) fn listen(path: &Path, commands: mpsc::Sender<Demand>) -> Listening {
     let server = match bind(path) {
         Ok(listener) => Some(tokio::spawn(serve(listener, commands))),
         Err(error) => {
@@ -119,7 +134,7 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-async fn serve(listener: UnixListener, commands: mpsc::Sender<(Command, Reply)>) {
+async fn serve(listener: UnixListener, commands: mpsc::Sender<Demand>) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // SANITY: the semaphore is never closed.
@@ -154,22 +169,62 @@ fn is_ours(stream: &UnixStream) -> bool {
     stream.peer_cred().is_ok_and(|peer| peer.uid() == own || peer.uid() == 0)
 }
 
-async fn answer<B>(
-    request: Request<B>,
-    commands: mpsc::Sender<(Command, Reply)>,
+async fn answer(
+    request: Request<Incoming>,
+    demands: mpsc::Sender<Demand>,
 ) -> Result<Response<Full<Bytes>>, Infallible> {
+    if *request.method() == Method::POST && request.uri().path() == TRIGGER {
+        return Ok(capture(request, &demands).await.unwrap_or_else(|| response(ENDING.0, ENDING.1.to_owned())));
+    }
     let Some(command) = Command::of(request.method(), request.uri().path()) else {
-        return Ok(response(StatusCode::NOT_FOUND, "try GET /state, POST /stop, /resume or /reload\n".to_owned()));
+        return Ok(response(
+            StatusCode::NOT_FOUND,
+            format!("try GET /state, POST /stop, /resume, /reload or {TRIGGER}\n"),
+        ));
     };
     let (reply, answer) = oneshot::channel();
-    let sent = commands.send((command, reply)).await;
+    let sent = demands.send(Demand::Command(command, reply)).await;
     Ok(match (sent, answer.await) {
-        (Ok(()), Ok(state)) => {
-            // SANITY: text and numbers only.
-            response(StatusCode::OK, serde_json::to_string(&state).unwrap_or_default() + "\n")
-        }
-        _ => response(StatusCode::SERVICE_UNAVAILABLE, "the agent is about to end\n".to_owned()),
+        (Ok(()), Ok(state)) => json(&state),
+        _ => response(ENDING.0, ENDING.1.to_owned()),
     })
+}
+
+/// What clients are told while nobody takes anything any more.
+const ENDING: (StatusCode, &str) = (StatusCode::SERVICE_UNAVAILABLE, "the agent is about to end\n");
+
+/// Asks for a capture; `None`: the agent is about to end.
+async fn capture(request: Request<Incoming>, demands: &mpsc::Sender<Demand>) -> Option<Response<Full<Bytes>>> {
+    let refused = |status, reason: String| Some(response(status, reason + "\n"));
+    let body = Limited::new(request.into_body(), MAX_BODY).collect();
+    let body = match tokio::time::timeout(HEAD_TIMEOUT, body).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
+            return refused(StatusCode::PAYLOAD_TOO_LARGE, format!("a request has {MAX_BODY} bytes at most"));
+        }
+        Ok(Err(error)) => return refused(StatusCode::BAD_REQUEST, error.to_string()),
+        Err(_) => return refused(StatusCode::REQUEST_TIMEOUT, "the request took too long".to_owned()),
+    };
+    // Nothing said: the whole machine, as usual.
+    let wanted = if body.is_empty() { Ok(config::Request::default()) } else { serde_json::from_slice(&body) };
+    let wanted = match wanted {
+        Ok(wanted) => Box::new(wanted),
+        Err(error) => return refused(StatusCode::BAD_REQUEST, error.to_string()),
+    };
+    let (reply, answer) = oneshot::channel();
+    demands.send(Demand::Capture(wanted, reply)).await.ok()?;
+    match answer.await.ok()? {
+        Ok(running) => Some(json(&running)),
+        Err(Declined::Invalid(reason)) => refused(StatusCode::BAD_REQUEST, reason),
+        Err(Declined::Refused(Refusal::Stopped, reason)) => refused(StatusCode::SERVICE_UNAVAILABLE, reason),
+        Err(Declined::Refused(_, reason)) => refused(StatusCode::TOO_MANY_REQUESTS, reason),
+        Err(Declined::Failed(reason)) => refused(StatusCode::INTERNAL_SERVER_ERROR, reason),
+    }
+}
+
+fn json(answer: &impl Serialize) -> Response<Full<Bytes>> {
+    // SANITY: text and numbers only.
+    response(StatusCode::OK, serde_json::to_string(answer).unwrap_or_default() + "\n")
 }
 
 fn response(status: StatusCode, body: String) -> Response<Full<Bytes>> {

@@ -109,8 +109,8 @@ impl Meter {
     }
 
     fn total(&self, stats: &Stats) -> Spent {
-        let seconds = |counter| stats.kernel(counter) as f64 / 1e9;
-        let entries = |counter| stats.kernel(counter) as f64 * ENTRY_SECONDS;
+        let seconds = |counter| stats.kernel_in_all(counter) as f64 / 1e9;
+        let entries = |counter| stats.kernel_in_all(counter) as f64 * ENTRY_SECONDS;
         let files = self.allowance.used();
         Spent {
             elapsed: self.started.elapsed().as_secs_f64(),
@@ -120,7 +120,7 @@ impl Meter {
             switches: seconds(Counter::SwitchesNs) + entries(Counter::Switches),
             wait_stacks: seconds(Counter::WaitStacksNs),
             notices: seconds(Counter::NoticesNs),
-            switched: stats.kernel(Counter::Switches) as f64,
+            switched: stats.kernel_in_all(Counter::Switches) as f64,
         }
     }
 }

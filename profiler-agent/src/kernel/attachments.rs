@@ -20,10 +20,10 @@ use aya::{
 use super::{KernelError, program};
 
 /// The links of one set of programs. Clones are the same links.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Attachments(Arc<Mutex<Links>>);
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Links {
     /// The sampling clock, by CPU.
     clock: BTreeMap<u32, PerfEventLink>,

@@ -94,6 +94,8 @@ pub struct Options<'a> {
     pub walk_in_parts: bool,
     /// Watch threads wake up, as on kernels whose scheduler keeps no books of it.
     pub watch_wakeups: bool,
+    /// Where the programs' links are kept: whoever has them may cut them before they are there.
+    pub attachments: Attachments,
 }
 
 /// How waits are sampled.
@@ -189,7 +191,7 @@ impl Kernel {
             let program: &mut BtfTracePoint = program(&mut ebpf, name)?;
             program.load(event, &types).map_err(|error| KernelError::Program { program: name, error })?;
         }
-        let attachments = Attachments::default();
+        let attachments = options.attachments.clone();
         let control = Control::take(&mut ebpf)?;
         let in_parts = options.walk_in_parts || !features.bpf_loop;
         let mut walk_on = None;
@@ -318,11 +320,6 @@ impl Kernel {
             clock.start(&mut self.ebpf)?;
         }
         Ok(unfinished)
-    }
-
-    /// What can detach the programs at any time.
-    pub fn attachments(&self) -> Attachments {
-        self.attachments.clone()
     }
 
     /// What the clock is; `None` where only waits are recorded.

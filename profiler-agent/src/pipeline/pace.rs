@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::{control::schedule::Replicas, kernel::Following, profile::Mark};
+use crate::{kernel::Following, profile::Mark, schedule::Replicas};
 
 /// How closely a machine is looked at. It may change at any time; each profile is of one pace.
 #[derive(Clone, Debug, PartialEq)]

@@ -4,10 +4,10 @@ use std::{fmt, iter::Sum, ops::AddAssign, time::Duration};
 
 use clap::ValueEnum;
 use profiler_common::abi::sample::EventKind;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// What is recorded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Events {
     /// Where CPU time goes.

@@ -34,6 +34,7 @@ pub fn scope(bytes: &[u8]) {
             Matcher { executables: vec![executable.as_str().into()], ..Matcher::default() },
             Matcher { cgroups: vec![path.as_str().into()], pod_labels: pair(&value), ..Matcher::default() },
         ],
+        within: Vec::new(),
         honor_annotation: true,
     };
     let pod =

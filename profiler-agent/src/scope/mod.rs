@@ -23,14 +23,14 @@ use profiler_common::abi::{
 use tracing::{debug, info, warn};
 use zerocopy::FromBytes as _;
 
-pub use self::rules::{MAX_MATCHERS, Matcher, Rules};
+pub use self::rules::{MAX_CONFIGURED, Matcher, Rules};
 use self::{
     rules::{Executable, PodOf},
     turns::Turns,
 };
 use crate::{
-    control::schedule::Replicas,
     profile::{Cgroup, CgroupId, PodFacts},
+    schedule::Replicas,
 };
 
 /// Drains for which what is known of an exited process is kept: ending takes CPU time too.
@@ -137,8 +137,9 @@ impl<M: ScopeMaps> Scope<M> {
         if self.control.is_limited() || rules.are_strict() || self.turns.are_taken() {
             self.withhold();
             self.set_control(ScopeControl { state: state::CHANGING, ..next });
+            let part = if rules.within.is_empty() { "" } else { ", of which a part is meant" };
             let turns = if self.turns.are_taken() { ", replicas take turns" } else { "" };
-            info!("scope: {} rules include and {} exclude{turns}", rules.include.len(), rules.exclude.len());
+            info!("scope: {} rules include and {} exclude{part}{turns}", rules.include.len(), rules.exclude.len());
         } else {
             self.set_control(ScopeControl { state: state::OPEN, ..next });
         }
@@ -319,7 +320,7 @@ impl<M: ScopeMaps> Scope<M> {
 
     /// Whether there is no rule.
     fn is_empty(&self) -> bool {
-        self.control.include | self.control.exclude == 0
+        self.control.rules() == 0
     }
 
     fn asks_about_pods(&self) -> bool {

@@ -9,20 +9,25 @@ use crate::{
     profile::{Cgroup, PodFacts},
 };
 
-/// Most matchers of both lists: one rule more is about pods by themselves.
+/// Most matchers of all lists: one rule more is about pods by themselves.
 pub const MAX_MATCHERS: usize = MAX_RULES - 1;
+/// Most matchers of the configuration's: one is left for what a capture is about.
+pub const MAX_CONFIGURED: usize = MAX_MATCHERS - 1;
 /// The annotation by which whoever owns a pod takes it out of scope, and its value.
 const ANNOTATION: (&str, &str) = ("profiler/enabled", "false");
 /// Least characters of a container's ID that are taken for its beginning: runtimes show as many.
 const MIN_ID: usize = 12;
 
-/// Who is recorded: whoever one of `include` is about, or all if there is none, and none of `exclude`.
+/// Who is recorded: whoever one of `include` is about, or all if there is none, and none of `exclude`; of these, whoever one of
+/// `within` is about, or all if there is none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
     /// Of these one has to match, if there is any.
     pub include: Vec<Matcher>,
     /// Of these none may match.
     pub exclude: Vec<Matcher>,
+    /// Of these one has to match besides, if there is any: a part of what the other lists leave.
+    pub within: Vec<Matcher>,
     /// Whether pods are left out whose annotation says so.
     pub honor_annotation: bool,
 }
@@ -87,7 +92,7 @@ impl Rules {
     /// Whether there are rules that have to be applied before anything is recorded. (An annotation can only be honoured
     /// once it is known.)
     pub fn are_strict(&self) -> bool {
-        !self.include.is_empty() || !self.exclude.is_empty()
+        !self.include.is_empty() || !self.exclude.is_empty() || !self.within.is_empty()
     }
 
     /// Labels of pods that are asked about.
@@ -114,11 +119,12 @@ impl Rules {
     /// The rules as the kernel programs have them.
     pub(super) fn control(&self) -> ScopeControl {
         let include = self.include.len();
-        let all = include + self.exclude.len();
+        let both = include + self.exclude.len();
         let mut control = ScopeControl {
             state: state::LIMITED,
             include: low_bits(include),
-            exclude: low_bits(all) & !low_bits(include),
+            exclude: low_bits(both) & !low_bits(include),
+            within: low_bits(both + self.within.len()) & !low_bits(both),
             ..ScopeControl::default()
         };
         for (matcher, bit) in self.numbered() {
@@ -165,7 +171,7 @@ impl Rules {
     }
 
     fn matchers(&self) -> impl Iterator<Item = &Matcher> {
-        self.include.iter().chain(&self.exclude)
+        self.include.iter().chain(&self.exclude).chain(&self.within)
     }
 
     /// Matchers and their bits. (What is more than the configuration allows has none.)
@@ -393,7 +399,7 @@ mod tests {
         let mixed = Rules {
             include: vec![matcher("executables", &["nginx"]), matcher("namespaces", &["shop"])],
             exclude: vec![matcher("cgroups", &["/secret"])],
-            honor_annotation: false,
+            ..Rules::default()
         };
         check(&mixed, "/nginx", "/", PodOf::None, InScope);
         check(&mixed, "/nginx", "/pods/x", PodOf::Unknown, InScope);
@@ -417,17 +423,45 @@ mod tests {
         check(&Rules::default(), "/sh", "/pods/x", PodOf::Known(&facts), InScope);
     }
 
+    /// A part of the scope is no more than the scope, whatever it asks for.
+    #[test]
+    fn a_part_stays_in_scope() {
+        use Verdict::{InScope, OutOfScope, Undecided};
+        let facts = pod();
+        let part = |rules: Rules, within: Matcher| Rules { within: vec![within], ..rules };
+        let check = |rules: &Rules, pod: PodOf<'_>, expect: Verdict| {
+            let process = rules.of_process(&[7], &Executable::Path("/bin/app".to_owned()));
+            let verdict = rules.control().decide(process, rules.of_cgroup(&cgroup("/pods/x", &[ID]), pod));
+            assert_eq!(verdict, expect, "{pod:?}: {rules:?}");
+        };
+        let all = Rules { honor_annotation: true, ..Rules::default() };
+        let one = |field, values: &[&str]| Rules { include: vec![matcher(field, values)], ..Rules::default() };
+        let none = |field, values: &[&str]| Rules { exclude: vec![matcher(field, values)], ..Rules::default() };
+        check(&part(all.clone(), matcher("containers", &[ID])), PodOf::None, InScope);
+        check(&part(all.clone(), matcher("containers", &["fedcba98765432"])), PodOf::None, OutOfScope);
+        check(&part(all.clone(), matcher("containers", &[ID])), PodOf::Known(&facts), OutOfScope);
+        check(&part(all.clone(), matcher("pids", &["7"])), PodOf::Known(&facts), OutOfScope);
+        check(&part(all, matcher("namespaces", &["shop"])), PodOf::Unknown, Undecided);
+        check(&part(none("pids", &["7"]), matcher("containers", &[ID])), PodOf::None, OutOfScope);
+        check(&part(none("pids", &["8"]), matcher("containers", &[ID])), PodOf::None, InScope);
+        check(&part(none("namespaces", &["shop"]), matcher("pids", &["7"])), PodOf::Unknown, Undecided);
+        check(&part(one("executables", &["app"]), matcher("pids", &["7"])), PodOf::None, InScope);
+        check(&part(one("executables", &["other"]), matcher("pids", &["7"])), PodOf::None, OutOfScope);
+        check(&part(one("executables", &["app"]), matcher("pids", &["8"])), PodOf::None, OutOfScope);
+    }
+
     /// What nobody knows of what is new is asked of the agent first.
     #[test]
     fn new_ones_are_undecided() {
         let rules = Rules {
             include: vec![matcher("executables", &["a"]), matcher("pids", &["1"])],
             exclude: vec![matcher("namespaces", &["b"])],
+            within: vec![matcher("containers", &["c"])],
             honor_annotation: true,
         };
         let control = rules.control();
-        assert_eq!((control.include, control.exclude), (0b011, 0b100 | POD_BIT));
-        assert_eq!((control.unknown_after_exec, control.unknown_when_made), (0b001, 0b100));
-        assert_eq!((control.any_process, control.any_cgroup), (0b100 | POD_BIT, 0b011));
+        assert_eq!((control.include, control.exclude, control.within), (0b011, 0b100 | POD_BIT, 0b1000));
+        assert_eq!((control.unknown_after_exec, control.unknown_when_made), (0b001, 0b1100));
+        assert_eq!((control.any_process, control.any_cgroup), (0b1100 | POD_BIT, 0b011));
     }
 }

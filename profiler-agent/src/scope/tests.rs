@@ -15,8 +15,8 @@ use zerocopy::IntoBytes as _;
 
 use super::*;
 use crate::{
-    control::schedule::{Schedule, Settings},
     pattern::Pattern,
+    schedule::{Schedule, Settings},
 };
 
 /// Maps with room for so many entries each.

@@ -11,7 +11,7 @@ use std::{
 use profiler_common::abi::scope::{ScopeControl, ScopeMatch};
 
 use super::rules::{POD_BIT, PodOf};
-use crate::{control::schedule::Replicas, profile::CgroupId};
+use crate::{profile::CgroupId, schedule::Replicas};
 
 /// The turns that replicas take, if they do.
 #[derive(Debug, Default)]

@@ -12,7 +12,7 @@ use profiler_common::abi::{
 
 use crate::{
     cgroups::CgroupStats,
-    control::Control,
+    control::{CaptureStats, Control},
     export::delivery::DestinationStats,
     kernel::WaitTotals,
     label::{LabelStats, kubernetes::Pods},
@@ -75,6 +75,14 @@ impl Default for KernelCounters {
 }
 
 impl KernelCounters {
+    /// Adds what programs have counted that ran beside these, and have ended.
+    fn add(&mut self, others: &Self) {
+        for &counter in Counter::ALL {
+            let before = &mut self.before[counter as usize];
+            *before = before.saturating_add(others.total(counter));
+        }
+    }
+
     fn total(&self, counter: Counter) -> u64 {
         let now = self.now.get(counter as usize).copied().unwrap_or_default();
         self.before[counter as usize].saturating_add(now)
@@ -129,6 +137,10 @@ pub struct Stats {
     pub config_loaded: Count,
     /// Times that it was read again and refused.
     pub config_refused: Count,
+    /// How many captures there were.
+    pub captures: CaptureStats,
+    /// What captures that are under way have counted so far.
+    capturing: Mutex<Vec<Arc<Self>>>,
 }
 
 impl Stats {
@@ -182,6 +194,54 @@ impl Stats {
     /// A kernel counter as of the last look.
     pub fn kernel(&self, counter: Counter) -> u64 {
         self.kernel.lock().unwrap_or_else(PoisonError::into_inner).total(counter)
+    }
+
+    /// The same with what the programs of captures have counted that are under way: what has been spent.
+    pub fn kernel_in_all(&self, counter: Counter) -> u64 {
+        let capturing = self.capturing.lock().unwrap_or_else(PoisonError::into_inner);
+        capturing.iter().map(|capture| capture.kernel(counter)).fold(self.kernel(counter), u64::saturating_add)
+    }
+
+    /// Captures that are under way.
+    pub fn capturing(&self) -> usize {
+        self.capturing.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// A capture begins, which counts by itself.
+    pub fn begin_capture(&self) -> Arc<Self> {
+        let capture = Arc::new(Self { labels: Arc::clone(&self.labels), ..Self::default() });
+        self.capturing.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&capture));
+        capture
+    }
+
+    /// A capture has ended, all of whose samples were handed on: what it has counted becomes part of the whole, so that the
+    /// books balance. What tells how things are (sizes of tables, totals of waits) is about the daemon's own collection.
+    pub fn end_capture(&self, capture: &Arc<Self>) {
+        let mut capturing = self.capturing.lock().unwrap_or_else(PoisonError::into_inner);
+        capturing.retain(|other| !Arc::ptr_eq(other, capture));
+        self.kernel
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .add(&capture.kernel.lock().unwrap_or_else(PoisonError::into_inner));
+        for (own, its) in [
+            (&self.samples_drained, &capture.samples_drained),
+            (&self.rows_drained, &capture.rows_drained),
+            (&self.drains_postponed, &capture.drains_postponed),
+            (&self.windows_closed, &capture.windows_closed),
+            (&self.rows_exported, &capture.rows_exported),
+        ] {
+            own.add(its.get());
+        }
+        for (own, its) in [
+            (&self.dropped_malformed, &capture.dropped_malformed),
+            (&self.dropped_namer_gone, &capture.dropped_namer_gone),
+            (&self.dropped_queue_full, &capture.dropped_queue_full),
+        ] {
+            own.add(its.get());
+        }
+        for (own, its) in self.ends.iter().zip(&capture.ends).chain(self.wait_ends.iter().zip(&capture.wait_ends)) {
+            own.add(its.get());
+        }
     }
 
     /// Samples that the kernel programs saw and could not keep.
@@ -315,5 +375,42 @@ impl Stats {
     /// Whether sampling is under way.
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a capture counts is spent at once, and part of the whole from its end on: nothing is counted twice, and nothing
+    /// is forgotten when programs are loaded anew.
+    #[test]
+    fn captures_are_added() {
+        let counters = |seen: u64| {
+            let mut counters = vec![0; Counter::COUNT];
+            counters[Counter::Seen as usize] = seen;
+            counters
+        };
+        let stats = Stats::default();
+        stats.set_kernel_counters(&counters(100));
+        let captures = [stats.begin_capture(), stats.begin_capture()];
+        for (capture, seen) in captures.iter().zip([7, 30]) {
+            capture.set_kernel_counters(&counters(seen));
+            capture.count_end(StackEnd::ALL[0], seen);
+            capture.dropped_queue_full.add(Tally { samples: 1, off_cpu_ns: 5 });
+        }
+        let both = |stats: &Stats| (stats.kernel(Counter::Seen), stats.kernel_in_all(Counter::Seen));
+        assert_eq!(both(&stats), (100, 137));
+        stats.end_capture(&captures[0]);
+        assert_eq!(both(&stats), (107, 137));
+        // The daemon's own programs go on counting, and are loaded anew.
+        stats.set_kernel_counters(&counters(200));
+        assert_eq!(both(&stats), (207, 237));
+        stats.keep_kernel_counters();
+        stats.set_kernel_counters(&counters(1));
+        stats.end_capture(&captures[1]);
+        assert_eq!(both(&stats), (238, 238));
+        assert_eq!(stats.dropped_in_all(), Tally { samples: 2, off_cpu_ns: 10 });
+        assert_eq!(stats.ends().next(), Some((StackEnd::ALL[0], 37)));
     }
 }

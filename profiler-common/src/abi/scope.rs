@@ -37,6 +37,8 @@ pub struct ScopeControl {
     pub include: u64,
     /// Rules of which none may be met.
     pub exclude: u64,
+    /// Rules of which one has to be met besides; none: nothing more is asked.
+    pub within: u64,
     /// Rules that ask nothing about processes.
     pub any_process: u64,
     /// Rules that ask nothing about cgroups.
@@ -76,16 +78,22 @@ impl ScopeControl {
         self.state != state::OPEN
     }
 
+    /// Every rule.
+    #[inline(always)]
+    pub fn rules(&self) -> u64 {
+        self.include | self.exclude | self.within
+    }
+
     /// Whether any rule asks about processes.
     #[inline(always)]
     pub fn asks_about_processes(&self) -> bool {
-        (self.include | self.exclude) & !self.any_process != 0
+        self.rules() & !self.any_process != 0
     }
 
     /// Whether any rule asks about cgroups.
     #[inline(always)]
     pub fn asks_about_cgroups(&self) -> bool {
-        (self.include | self.exclude) & !self.any_cgroup != 0
+        self.rules() & !self.any_cgroup != 0
     }
 
     /// Whether what is of this process and in this cgroup is recorded.
@@ -101,12 +109,12 @@ impl ScopeControl {
             Verdict::OutOfScope
         } else if possible & self.exclude != 0 {
             Verdict::Undecided
-        } else if self.include == 0 || met & self.include != 0 {
-            Verdict::InScope
-        } else if possible & self.include != 0 {
+        } else if self.include & possible == 0 && self.include != 0 || self.within & possible == 0 && self.within != 0 {
+            Verdict::OutOfScope
+        } else if self.include & met == 0 && self.include != 0 || self.within & met == 0 && self.within != 0 {
             Verdict::Undecided
         } else {
-            Verdict::OutOfScope
+            Verdict::InScope
         }
     }
 }
@@ -121,7 +129,7 @@ impl ScopeMatch {
 
 const _: () = {
     assert!(size_of::<ScopeMatch>() == 16);
-    assert!(size_of::<ScopeControl>() == 56);
+    assert!(size_of::<ScopeControl>() == 64);
     assert!(MAX_RULES == u64::BITS as usize);
 };
 
@@ -164,6 +172,37 @@ mod tests {
         check(0b011, 0, none, bits(0, 0b010), Undecided);
         check(0b001, 0b010, bits(0b001, 0), bits(0b010, 0), OutOfScope);
         check(0b001, 0b010, bits(0b001, 0), bits(0, 0b010), Undecided);
+    }
+
+    /// A part of what is in scope: of two lists one rule each has to be met, and none that excludes.
+    #[test]
+    fn a_part_is_within() {
+        use Verdict::{InScope, OutOfScope, Undecided};
+        let check = |include: u64, exclude: u64, process: ScopeMatch, expect: Verdict| {
+            let control = ScopeControl {
+                state: state::LIMITED,
+                include,
+                exclude,
+                within: 0b1000,
+                any_cgroup: 0b1111,
+                ..ScopeControl::default()
+            };
+            assert!(control.asks_about_processes() && !control.asks_about_cgroups());
+            assert_eq!(control.decide(process, ScopeMatch::default()), expect, "{include:b} {exclude:b} {process:?}");
+        };
+        let none = ScopeMatch::default();
+        check(0, 0, none, OutOfScope);
+        check(0, 0, bits(0b1000, 0), InScope);
+        check(0, 0, bits(0, 0b1000), Undecided);
+        // Who is not included is not within, whoever asks for it.
+        check(0b0001, 0, bits(0b1000, 0), OutOfScope);
+        check(0b0001, 0, bits(0b1000, 0b0001), Undecided);
+        check(0b0001, 0, bits(0b0001, 0), OutOfScope);
+        check(0b0001, 0, bits(0b0001, 0b1000), Undecided);
+        check(0b0011, 0, bits(0b1010, 0), InScope);
+        check(0, 0b0001, bits(0b1001, 0), OutOfScope);
+        check(0, 0b0001, bits(0b1000, 0b0001), Undecided);
+        check(0b0010, 0b0001, bits(0b1010, 0), InScope);
     }
 
     /// Without rules everything is in scope; while they change, nothing is decided.

@@ -112,6 +112,9 @@ pub(super) fn make(folder: &Path) -> Outcome {
     seeds.add("config", "schedule", schedule.as_bytes())?;
     let rule = "{name: a, memory_growth: 64, for: 9s, capture: {duration: 9s, frequency: 49, event: both}}";
     seeds.add("config", "capture", format!("capture:\n  cooldown: 9s\n  rules:\n    - {rule}\n").as_bytes())?;
+    let request =
+        r#"{"scope":{"pids":[1],"containers":["a*"]},"capture":{"duration":"9s","event":"both"},"reason":"b"}"#;
+    seeds.add("capture_request", "process", request.as_bytes())?;
     let scope =
         "scope:\n  include: [{executables: [a*], cgroups: [/b]}]\n  exclude: [{pids: [1]}, {containers: [c]}]\n";
     seeds.add("config", "scope", scope.as_bytes())?;

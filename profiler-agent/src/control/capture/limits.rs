@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Capture, rules::Trigger};
+use super::Capture;
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -34,11 +34,13 @@ pub enum Refusal {
     Hourly,
     /// The container was captured a short time ago.
     Cooldown,
+    /// Nothing is to be collected at all.
+    Stopped,
 }
 
 impl Refusal {
     /// Every reason.
-    pub const ALL: [Self; 3] = [Self::Running, Self::Hourly, Self::Cooldown];
+    pub const ALL: [Self; 4] = [Self::Running, Self::Hourly, Self::Cooldown, Self::Stopped];
 
     /// The reason in words.
     pub const fn label(self) -> &'static str {
@@ -46,6 +48,7 @@ impl Refusal {
             Self::Running => "running",
             Self::Hourly => "hourly",
             Self::Cooldown => "cooldown",
+            Self::Stopped => "stopped",
         }
     }
 }
@@ -68,7 +71,7 @@ pub struct Limits {
     running: Vec<(Instant, Weak<()>)>,
     /// When captures of the last hour began, the oldest first: `per_hour` of them at most.
     begun: VecDeque<Instant>,
-    /// Until when containers are left alone. As many as captures are admitted in that time.
+    /// Until when what was captured is left alone. As many as captures are admitted in that time.
     cooling: HashMap<Arc<str>, Instant>,
     admitted: u64,
     refused: [u64; Refusal::ALL.len()],
@@ -81,10 +84,26 @@ impl Limits {
         Self { settings, running, begun, cooling, admitted: 0, refused: [0; Refusal::ALL.len()] }
     }
 
-    /// Whether a trigger may be followed.
-    pub fn admit(&mut self, now: Instant, trigger: &Trigger) -> Result<Permit, Refusal> {
+    /// Other limits hold from now on. What was admitted is not forgotten.
+    pub fn configure(&mut self, settings: Settings) {
+        self.settings = settings;
+    }
+
+    /// What is admitted.
+    pub fn settings(&self) -> Settings {
+        self.settings
+    }
+
+    /// Refuses something for a reason that is not of the limits' own.
+    pub fn refuse(&mut self, refusal: Refusal) -> Refusal {
+        self.refused[refusal as usize] += 1;
+        refusal
+    }
+
+    /// Whether this may be captured. `subject` tells those apart that are left alone for a while afterwards.
+    pub fn admit(&mut self, now: Instant, subject: &Arc<str>, capture: &Capture) -> Result<Permit, Refusal> {
         self.forget(now);
-        let refusal = if self.cooling.contains_key(&trigger.container) {
+        let refusal = if self.cooling.contains_key(subject) {
             Some(Refusal::Cooldown)
         } else if self.running.len() >= self.settings.max_running {
             Some(Refusal::Running)
@@ -94,16 +113,15 @@ impl Limits {
             None
         };
         if let Some(refusal) = refusal {
-            self.refused[refusal as usize] += 1;
-            return Err(refusal);
+            return Err(self.refuse(refusal));
         }
         self.admitted += 1;
-        let duration = trigger.rule.capture.duration.min(self.settings.longest);
+        let duration = capture.duration.min(self.settings.longest);
         let (until, running) = (now + duration, Arc::new(()));
         self.running.push((until, Arc::downgrade(&running)));
         self.begun.push_back(now);
-        self.cooling.insert(Arc::clone(&trigger.container), until + self.settings.cooldown);
-        Ok(Permit { capture: Capture { duration, ..trigger.rule.capture.clone() }, until, _running: running })
+        self.cooling.insert(Arc::clone(subject), until + self.settings.cooldown);
+        Ok(Permit { capture: Capture { duration, ..capture.clone() }, until, _running: running })
     }
 
     /// Captures that are running.
@@ -134,20 +152,15 @@ impl Limits {
 
 #[cfg(test)]
 mod tests {
-    use super::{
-        super::rules::{Rule, Threshold},
-        *,
-    };
+    use super::*;
 
     const SETTINGS: Settings =
         Settings { max_running: 1, per_hour: 6, cooldown: Duration::from_secs(600), longest: Duration::from_secs(300) };
 
-    fn trigger(container: &str, duration: u64) -> Trigger {
-        let duration = Duration::from_secs(duration);
+    fn admit(limits: &mut Limits, now: Instant, subject: &str, seconds: u64) -> Result<Permit, Refusal> {
+        let duration = Duration::from_secs(seconds);
         let capture = Capture { duration, frequency: Some(499), events: None, lines: None, inlines: None };
-        let (threshold, lasts) = (Threshold::Cpu(1.0), Duration::from_secs(10));
-        let rule = Arc::new(Rule { name: "busy".into(), threshold, lasts, capture });
-        Trigger { rule, container: container.into(), reason: String::new() }
+        limits.admit(now, &subject.into(), &capture)
     }
 
     /// Each limit refuses by itself, and not for longer than it has to.
@@ -157,28 +170,33 @@ mod tests {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let refusal = |result: Result<Permit, Refusal>| result.map(|_| ()).expect_err("refused");
-        let first = limits.admit(at(0), &trigger("a", 3000)).expect("the first one");
+        let first = admit(&mut limits, at(0), "a", 3000).expect("the first one");
         assert_eq!((first.capture.duration, first.until), (Duration::from_secs(300), at(300)));
         assert_eq!(first.capture.frequency, Some(499));
-        assert_eq!(refusal(limits.admit(at(1), &trigger("b", 10))), Refusal::Running);
-        assert_eq!(refusal(limits.admit(at(1), &trigger("a", 10))), Refusal::Cooldown);
+        assert_eq!(refusal(admit(&mut limits, at(1), "b", 10)), Refusal::Running);
+        assert_eq!(refusal(admit(&mut limits, at(1), "a", 10)), Refusal::Cooldown);
         // It was over earlier than planned.
         drop(first);
         assert_eq!(limits.running(at(2)), 0);
-        let second = limits.admit(at(2), &trigger("b", 10)).expect("nothing is running");
+        let second = admit(&mut limits, at(2), "b", 10).expect("nothing is running");
         // A permit that nobody gives back ends by itself.
         assert_eq!(limits.running(at(11)), 1);
         assert_eq!(limits.running(at(12)), 0);
-        assert_eq!(refusal(limits.admit(at(899), &trigger("a", 10))), Refusal::Cooldown);
-        assert!(limits.admit(at(900), &trigger("a", 10)).is_ok());
+        assert_eq!(refusal(admit(&mut limits, at(899), "a", 10)), Refusal::Cooldown);
+        assert!(admit(&mut limits, at(900), "a", 10).is_ok());
         for number in 0..3 {
-            assert!(limits.admit(at(1000 + number), &trigger(&number.to_string(), 10)).is_ok());
+            assert!(admit(&mut limits, at(1000 + number), &number.to_string(), 10).is_ok());
         }
-        assert_eq!(refusal(limits.admit(at(3599), &trigger("d", 10))), Refusal::Hourly);
-        assert!(limits.admit(at(3600), &trigger("d", 10)).is_ok());
+        assert_eq!(refusal(admit(&mut limits, at(3599), "d", 10)), Refusal::Hourly);
+        assert!(admit(&mut limits, at(3600), "d", 10).is_ok());
         assert_eq!(limits.admitted(), 7);
-        assert_eq!(limits.refused(), [(Refusal::Running, 1), (Refusal::Hourly, 1), (Refusal::Cooldown, 2)]);
+        assert_eq!(
+            limits.refused(),
+            [(Refusal::Running, 1), (Refusal::Hourly, 1), (Refusal::Cooldown, 2), (Refusal::Stopped, 0)]
+        );
         drop(second);
+        assert_eq!(limits.refuse(Refusal::Stopped), Refusal::Stopped);
+        assert_eq!(limits.refused()[3], (Refusal::Stopped, 1));
     }
 
     /// Ten thousand triggers in an hour lead to six captures, one at a time.
@@ -197,7 +215,7 @@ mod tests {
                 let now = start + HOUR * number / 10_000;
                 permits.retain(|permit: &Permit| permit.until > now);
                 let container = (number % containers).to_string();
-                if let Ok(permit) = limits.admit(now, &trigger(&container, 10 + u64::from(number % 600))) {
+                if let Ok(permit) = admit(&mut limits, now, &container, 10 + u64::from(number % 600)) {
                     admitted.push((container, now));
                     permits.push(permit);
                 }

@@ -38,7 +38,7 @@ pub struct Wanted {
     pub annotations: Vec<Pattern>,
     /// Whether services are named by the labels `app.kubernetes.io/…`.
     pub service_from_labels: bool,
-    /// Labels that the scope asks about.
+    /// Labels that the scope asks about: kept whatever else there is, since captures by hand may ask about any.
     pub scope_labels: BTreeSet<String>,
     /// Annotations that the scope asks about.
     pub scope_annotations: BTreeSet<String>,
@@ -63,7 +63,7 @@ pub(crate) struct Pod {
     pub(super) stated: Vec<(Box<str>, Box<str>)>,
     /// Attributes of labels and annotations that were asked for.
     pub(super) chosen: Vec<(Box<str>, Box<str>)>,
-    /// Labels and annotations that the scope asks about.
+    /// Labels, first of all those that the scope asks about, and annotations that it asks about.
     pub(super) scope_labels: Vec<(Box<str>, Box<str>)>,
     pub(super) scope_annotations: Vec<(Box<str>, Box<str>)>,
 }
@@ -227,7 +227,7 @@ fn pod(metadata: Metadata, wanted: &Wanted) -> Pod {
             .take(MAX_ATTRIBUTES)
             .collect(),
         chosen: all_chosen,
-        scope_labels: asked_for(&wanted.scope_labels, &labels),
+        scope_labels: labels_for_scopes(&wanted.scope_labels, &labels),
         scope_annotations: asked_for(&wanted.scope_annotations, &annotations),
     }
 }
@@ -246,6 +246,16 @@ fn replica_of(owner: &Owner, template_hash: Option<&String>) -> Option<Box<str>>
         _ => (owner.kind.as_str(), text::clean(&owner.name, MAX_ID)),
     };
     (kind != "Node" && !name.is_empty()).then(|| format!("{}/{name}", text::clean(kind, MAX_ID)).into())
+}
+
+/// Labels with their values: those that somebody asks about, and as many others as there is room for.
+fn labels_for_scopes(names: &BTreeSet<String>, labels: &BTreeMap<String, String>) -> Vec<(Box<str>, Box<str>)> {
+    let mut kept = asked_for(names, labels);
+    let room = MAX_ATTRIBUTES.saturating_sub(kept.len());
+    let others = labels.iter().filter(|(name, _)| !names.contains(*name)).take(room);
+    kept.extend(others.map(|(name, value)| (text::name(name), text::value(value))));
+    kept.shrink_to_fit();
+    kept
 }
 
 /// What runs a pod, as far as its owner's name tells.
@@ -466,7 +476,7 @@ mod tests {
         assert_eq!((pod.service.as_deref(), pod.version.as_deref()), (Some("web"), Some("2")));
     }
 
-    /// What the scope asks about is kept under its own name, and nothing else.
+    /// What the scope asks about is kept under its own name; of what it does not, labels are, since captures may ask.
     #[test]
     fn keeps_what_the_scope_asks_about() {
         let json =
@@ -478,7 +488,7 @@ mod tests {
             ..Wanted::default()
         };
         let pod = parse(json.as_bytes(), &wanted).expect("a pod").pod;
-        assert_eq!(pod.scope_labels, [("tier".into(), "a\u{fffd}b".into())]);
+        assert_eq!(pod.scope_labels, [("tier".into(), "a\u{fffd}b".into()), ("team".into(), "x".into())]);
         assert_eq!((pod.scope_annotations, pod.chosen), (vec![("e/f".into(), "".into())], Vec::new()));
     }
 

@@ -38,6 +38,7 @@ pub(super) fn render(page: &mut Page, stats: &Stats) {
         page.gauge("names_budget_bytes", "Memory for names that the budget allows.", effort.names_bytes);
     }
     page.gauge("stopped", "1: somebody has stopped collection.", u8::from(stats.is_stopped()));
+    captures(page, stats);
     page.counter(
         "config_reloads",
         "Times that the configuration was read again while the agent ran, and holds.",
@@ -47,5 +48,29 @@ pub(super) fn render(page: &mut Page, stats: &Stats) {
         "config_reloads_refused",
         "Times that the configuration was read again and not taken over, because something in it is wrong.",
         stats.config_refused.get(),
+    );
+}
+
+/// Captures, by what became of them and of what was asked for.
+fn captures(page: &mut Page, stats: &Stats) {
+    let (admitted, refused) = stats.captures.decided();
+    page.counter("captures", "Captures that were begun.", admitted);
+    page.gauge("captures_running", "Captures that are under way.", stats.capturing());
+    page.labelled(
+        "captures_refused",
+        "Captures that were asked for, by a rule or by hand, and not made, by reason.",
+        refused.map(|(reason, count)| (format!("reason=\"{}\"", reason.label()), count.to_string())),
+    );
+    page.labelled(
+        "captures_ended",
+        "Captures that are over, by what ended them.",
+        stats.captures.ended().map(|(ended, count)| (format!("reason=\"{}\"", ended.label()), count.to_string())),
+    );
+    let watched = stats.captures.watched();
+    page.gauge("containers_watched", "Containers whose use is watched by rules for captures.", watched.containers);
+    page.counter(
+        "containers_unwatched",
+        "Times a container was not watched, because there were too many.",
+        watched.unwatched,
     );
 }
