@@ -30,6 +30,8 @@ struct Outcome {
     /// CPU time and time off the CPU: as exported, in parts of what the storm says itself.
     ran: f64,
     waited: f64,
+    /// Samples of it.
+    samples: u64,
     /// Whether waits were suspended at any time, and what profiles were marked so then.
     is_suspended: bool,
     marked: usize,
@@ -128,12 +130,13 @@ fn storm(test: &str, switches: u64, seconds: u64, has_herd: bool, budget: &str) 
         let line = report.lines().find_map(|line| line.strip_prefix(name)).expect("a line");
         line.trim().parse::<f64>().expect("a number")
     };
-    let (mut ran, mut waited, mut marked) = (0.0, 0.0, 0);
+    let (mut ran, mut waited, mut taken, mut marked) = (0.0, 0.0, 0, 0);
     for file in fs::read_dir(folder.join("profiles")).expect("profiles").flatten() {
         let samples = recorded::samples(&fs::read(file.path()).expect("a profile"));
         marked += usize::from(samples.iter().any(|sample| sample.marks.contains_key("profiler.off_cpu")));
         for sample in samples.iter().filter(|sample| sample.process == "storm") {
             *(if sample.is_wait { &mut waited } else { &mut ran }) += sample.time_ns as f64;
+            taken += if sample.is_wait { 0 } else { sample.count };
         }
     }
     let expect_ran = field("ran");
@@ -147,7 +150,7 @@ fn storm(test: &str, switches: u64, seconds: u64, has_herd: bool, budget: &str) 
         waited / 1e9,
         expect_waited / 1e9,
     );
-    Outcome { shares, ran: ran / expect_ran, waited: waited / expect_waited, is_suspended, marked }
+    Outcome { shares, ran: ran / expect_ran, waited: waited / expect_waited, samples: taken, is_suspended, marked }
 }
 
 fn mean(shares: &[f64]) -> f64 {
@@ -176,8 +179,12 @@ fn the_budget_is_kept() {
             kept.waited
         );
         assert!(cost <= 1.0, "the budget of 1 % does not hold: {:?}", kept.shares);
-        assert!((kept.ran - 1.0).abs() < 0.03, "{}", kept.ran);
-        assert!(kept.is_suspended || (kept.waited - 1.0).abs() < 0.03, "{}", kept.waited);
+        // (Three standard deviations of so many samples, or of the few long waits of which one of sixteen is followed, come on
+        // top; they are gone after ten minutes.)
+        let by_chance = 3.0 / (kept.samples as f64).sqrt();
+        assert!((kept.ran - 1.0).abs() < 0.03 + by_chance, "{} by {} samples", kept.ran, kept.samples);
+        let by_chance = 0.6 / (seconds as f64).sqrt();
+        assert!(kept.is_suspended || (kept.waited - 1.0).abs() < 0.03 + by_chance, "{}", kept.waited);
         assert_eq!(kept.is_suspended, kept.marked > 0);
     }
 }

@@ -21,13 +21,13 @@ const RECENT_SECONDS: usize = 5;
 const RECENT_PART: f64 = 0.6;
 /// Part of the budget that is aimed at, so that what varies does not pass it.
 const AIM: f64 = 0.7;
-/// Below this part of the budget there is room for more.
-const ROOM: f64 = 0.5;
+/// What more would cost may take this part of the budget.
+const ROOM: f64 = 0.8;
 /// Part of the budget that reading symbols and building unwind tables may take: see [`crate::allowance`].
 pub(super) const FILES_PART: f64 = 0.3;
 /// The sampling rate falls to this part of what is wanted, and no further: with less, nothing is to be seen, and what is left
 /// of the cost is for other things.
-const LEAST_PART: u64 = 20;
+const LEAST_PART: u64 = 5;
 /// What a switch costs of which nothing is recorded, CPU seconds, and what part of the budget may be spent on that. (Linux
 /// 6.18 in a virtual machine: 88 to 92 ns by the kernel's books, most of it to call the program and to return.)
 const LEAST_SWITCH: f64 = 90e-9;
@@ -166,10 +166,11 @@ impl Governor {
                 self.patience = (self.patience * 2).min(MOST_PATIENCE);
             }
             self.do_less(cost);
-        } else if self.effort != self.wanted_now() && self.has_room(cost) {
+        } else if let Some(more) = self.more(cost) {
             self.calm += 1;
             if self.calm >= self.patience {
-                self.do_more();
+                self.effort = more;
+                self.changed(true);
             }
         } else {
             self.calm = 0;
@@ -188,28 +189,52 @@ impl Governor {
         }
     }
 
-    /// Whether the next step up would fit, as far as that can be told.
-    fn has_room(&self, cost: f64) -> bool {
-        let switches = self.average(PROGRAMS_SECONDS, |spent| spent.switches);
-        let more_switches = if self.effort.wait_share > self.wanted.wait_share { switches * 2.0 } else { switches };
-        cost < self.budget * ROOM && (cost - switches) * STEP + more_switches < self.budget * 0.9
+    /// The next step up, if it would fit as far as that can be told: the rate and what depends on it come before waits.
+    fn more(&self, cost: f64) -> Option<Effort> {
+        let wanted = self.wanted_now();
+        let fits = |cost: f64| cost < self.budget * ROOM;
+        let (now, switches) = (self.effort, self.average(PROGRAMS_SECONDS, |spent| spent.switches));
+        let mut more = Effort { wait_share: now.wait_share, ..self.sampled_more() };
+        if more == now || !fits((cost - switches) * STEP + switches) {
+            let least = self.average(PROGRAMS_SECONDS, |spent| spent.switched) * LEAST_SWITCH;
+            let (share, then) = match now.wait_share {
+                Some(share) => (Some(share.saturating_sub(1)).max(wanted.wait_share), least + (switches - least) * 2.0),
+                None => (Some(MAX_SHARE), least),
+            };
+            more = Effort { wait_share: share, ..now };
+            if !fits(cost - switches + then) {
+                return None;
+            }
+        }
+        (more != now).then_some(more)
     }
 
-    /// What it costs to be called at every switch, if nothing comes of it.
-    fn least_for_switches(&self) -> f64 {
-        self.average(PROGRAMS_SECONDS, |spent| spent.switched) * LEAST_SWITCH
+    /// What is done now, but with more samples, stacks of waits and details.
+    fn sampled_more(&self) -> Effort {
+        let (wanted, mut effort) = (self.wanted_now(), self.effort);
+        if effort.detail != wanted.detail && effort.frequency * 2 >= wanted.frequency {
+            effort.detail = wanted.detail;
+        }
+        effort.frequency = (scaled(effort.frequency, STEP) + 1).min(wanted.frequency);
+        effort.wait_stacks = match (effort.wait_stacks, wanted.wait_stacks) {
+            (0, _) => 0,
+            (stacks, 0) if stacks >= ALL_STACKS => 0,
+            (stacks, 0) => (stacks + stacks / 2 + 1).min(ALL_STACKS),
+            (stacks, most) => (stacks + stacks / 2 + 1).min(most),
+        };
+        effort
     }
 
     fn do_less(&mut self, cost: f64) {
         let before = self.effort;
         let average = |part: fn(&Spent) -> f64| self.average(PROGRAMS_SECONDS, part);
-        let (switches, rest_of_programs) = (average(|spent| spent.switches), average(Spent::programs));
-        let (followed, fixed) = self.fewer_waits(switches);
+        let (switches, programs) = (average(|spent| spent.switches), average(Spent::programs));
         let scalable = (cost - switches).max(0.0);
+        let (followed, fixed) = self.fewer_waits(scalable);
         self.effort.wait_share = followed;
         if fixed + scalable > self.budget {
             // What the agent does itself may be a burst: of processes that have just been started, for instance.
-            let may_end = fixed + rest_of_programs - switches < self.budget && self.since_change > BURST;
+            let may_end = fixed + programs - switches < self.budget && self.since_change > BURST;
             let most = if may_end { LARGEST_FIRST_CUT } else { LARGEST_CUT };
             let part = ((self.budget - fixed).max(0.0) * AIM / scalable).max(most);
             let least = self.least_frequency();
@@ -223,43 +248,25 @@ impl Governor {
         }
     }
 
-    /// The share of waits to follow when `switches` cost so much, and what they will cost then: that does not depend on how
-    /// many stacks are taken, and a part of it does not on how many are followed.
-    fn fewer_waits(&self, switches: f64) -> (Option<u32>, f64) {
+    /// The share of waits to follow, and what switches will cost then: that does not depend on how many stacks are taken, and
+    /// a part of it does not on how many waits are followed. `scalable`: what falls with the sampling rate.
+    fn fewer_waits(&self, scalable: f64) -> (Option<u32>, f64) {
+        // (The average may be of a time when there were less.)
+        let lately = |part: fn(&Spent) -> f64| self.average(PROGRAMS_SECONDS, part).max(self.average(1, part));
+        let switches = lately(|spent| spent.switches);
         let Some(share) = self.effort.wait_share.filter(|_| switches > self.budget / 2.0) else {
             return (self.effort.wait_share, switches);
         };
-        let least = self.least_for_switches();
+        let least = lately(|spent| spent.switched) * LEAST_SWITCH;
         let is_least = share == MAX_SHARE && self.effort.frequency <= self.least_frequency();
         if is_least || least > self.budget * MOST_FOR_SWITCHES {
             return (None, 0.0);
         }
-        let next = share.saturating_add(if switches > self.budget { 2 } else { 1 }).min(MAX_SHARE);
-        (Some(next), least + (switches - least).max(0.0) / f64::from(1_u32 << (next - share)))
-    }
-
-    fn do_more(&mut self) {
-        let wanted = self.wanted_now();
-        let before = self.effort;
-        let fits = self.cost() + self.least_for_switches() < self.budget * MOST_FOR_SWITCHES;
-        let effort = &mut self.effort;
-        if effort.detail != wanted.detail && effort.frequency * 2 >= wanted.frequency {
-            effort.detail = wanted.detail;
-        }
-        effort.frequency = (scaled(effort.frequency, STEP) + 1).min(wanted.frequency);
-        effort.wait_stacks = match (effort.wait_stacks, wanted.wait_stacks) {
-            (0, _) => 0,
-            (stacks, 0) if stacks >= ALL_STACKS => 0,
-            (stacks, 0) => (stacks + stacks / 2 + 1).min(ALL_STACKS),
-            (stacks, most) => (stacks + stacks / 2 + 1).min(most),
-        };
-        effort.wait_share = match effort.wait_share {
-            Some(share) => Some(share.saturating_sub(1)).max(wanted.wait_share),
-            None => Some(MAX_SHARE).filter(|_| fits),
-        };
-        if self.effort != before {
-            self.changed(true);
-        }
+        let then = |share_then: u32| least + (switches - least).max(0.0) / f64::from(1_u32 << (share_then - share));
+        // Half of the samples are worth more than half of the waits, and the other half is not.
+        let suffices = |share_then: &u32| then(*share_then) + scalable / 2.0 < self.budget * 0.9;
+        let next = (share + 1..=MAX_SHARE).find(suffices).unwrap_or(MAX_SHARE);
+        (Some(next), then(next))
     }
 
     fn changed(&mut self, did_more: bool) {
@@ -396,11 +403,11 @@ mod tests {
     #[test]
     fn expensive_work_is_cut_down() {
         let machines = [
-            ("deep stacks", Machine { fixed: 0.002, sample: 2e-3, ..Machine::default() }),
+            ("deep stacks", Machine { fixed: 0.002, sample: 5e-4, ..Machine::default() }),
             ("switches", Machine { fixed: 0.002, switches: 0.03, stack: 2e-5, ..Machine::default() }),
             ("a switch storm", Machine { fixed: 0.005, switches: 0.05, stack: 1e-4, ..Machine::default() }),
-            ("handling", Machine { fixed: 0.002, handling: 1e-3, ..Machine::default() }),
-            ("everything", Machine { fixed: 0.004, sample: 5e-4, handling: 5e-4, switches: 0.02, stack: 1e-3 }),
+            ("handling", Machine { fixed: 0.002, handling: 5e-4, ..Machine::default() }),
+            ("everything", Machine { fixed: 0.004, sample: 2e-4, handling: 2e-4, switches: 0.02, stack: 1e-4 }),
         ];
         for (name, machine) in machines {
             let mut governor = Governor::new(BUDGET, 1 << 30, WANTED);
