@@ -337,7 +337,7 @@ impl Shared<ThreadWait> {
     fn each(&self, mut thread: impl FnMut(ThreadWait)) {
         for slot in self.addresses() {
             // SAFETY: see `addresses`; each member is accessed atomically.
-            let (owner, began, ready, hash, tgid, shape, weight, site, kind, blocked, queued) = unsafe {
+            let (owner, began, ready, hash, tgid, shape, weight, site, kind, thinned, blocked, queued) = unsafe {
                 (
                     AtomicU32::from_ptr(&raw mut (*slot).thread),
                     AtomicU64::from_ptr(&raw mut (*slot).began_ns),
@@ -348,6 +348,7 @@ impl Shared<ThreadWait> {
                     AtomicU32::from_ptr(&raw mut (*slot).weight),
                     AtomicU32::from_ptr(&raw mut (*slot).site),
                     AtomicU8::from_ptr(&raw mut (*slot).kind),
+                    AtomicU8::from_ptr(&raw mut (*slot).thinned),
                     AtomicU32::from_ptr(&raw mut (*slot).blocked_owed_ns),
                     AtomicU32::from_ptr(&raw mut (*slot).queued_owed_ns),
                 )
@@ -365,6 +366,7 @@ impl Shared<ThreadWait> {
                 site: site.load(Relaxed),
                 blocked_owed_ns: blocked.load(Relaxed),
                 queued_owed_ns: queued.load(Relaxed),
+                thinned: thinned.load(Relaxed),
                 kind: kind.load(Acquire),
                 ..ThreadWait::default()
             };

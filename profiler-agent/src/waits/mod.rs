@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use profiler_common::abi::{
     sample::{EventKind, SampleKey, StackEnd},
-    waits::ThreadWait,
+    waits::{MAX_SHARE, ThreadWait},
 };
 
 use crate::profile::{LocatedSample, Location, ProcessInfo, WaitDue, Waited};
@@ -266,11 +266,12 @@ impl WaitBook {
             0 => 0,
             woken => now_ns.saturating_sub(woken).min(total),
         };
-        let weight = u64::from(wait.weight);
+        // What others are due for which no stack was taken is in their place's balance: only those count that are not known.
+        let unknown = 1_u64 << wait.thinned.min(MAX_SHARE as u8);
         let cost = Cost {
-            count: weight,
-            blocked_ns: total.saturating_sub(queued).saturating_mul(weight),
-            queued_ns: queued.saturating_mul(weight),
+            count: u64::from(wait.weight),
+            blocked_ns: total.saturating_sub(queued).saturating_mul(unknown),
+            queued_ns: queued.saturating_mul(unknown),
         };
         let progress = self.progress.entry(thread).or_insert(Progress {
             began_ns: wait.began_ns,

@@ -156,11 +156,12 @@ fn arrive(task: u64, at: queue::Now, since: u64, ration: &mut Ration) {
         return;
     }
     let weight = u64::from(wait.weight);
-    let (mut blocked_ns, mut queued_ns) = (blocked_once * weight, queued_once * weight);
+    // (A place that is another's meanwhile was charged for the others.)
+    let (mut blocked_ns, mut queued_ns) = (blocked, queued);
     if let Some(site) = sites::settle(task, wait) {
         site.key = wait.key;
-        blocked_ns = sites::balance(&mut site.blocked, blocked, blocked_ns);
-        queued_ns = sites::balance(&mut site.queued, queued, queued_ns);
+        blocked_ns = sites::balance(&mut site.blocked, blocked, blocked_once * weight);
+        queued_ns = sites::balance(&mut site.queued, queued, queued_once * weight);
     }
     charge(task, wait, weight, blocked_ns, queued_ns);
 }

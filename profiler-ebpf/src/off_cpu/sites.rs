@@ -136,7 +136,8 @@ fn add(balance: &mut Balance, time: u64) {
 }
 
 /// What a sampled wait is charged with that lasted `time` and stands for `weighted`: a part of what the place is due
-/// or owes corrects it, so that weights come out exactly right in the end.
+/// or owes corrects it, so that weights come out exactly right in the end. It is never more than the place is due besides: a
+/// wait that was expected to be short, and is the one long one of thousands, would stand for thousands of long ones.
 #[inline(always)]
 pub fn balance(balance: &mut Balance, time: u64, weighted: u64) -> u64 {
     // SAFETY: an array's slots are always there.
@@ -144,6 +145,8 @@ pub fn balance(balance: &mut Balance, time: u64, weighted: u64) -> u64 {
     let due = balance.owed_ns.wrapping_sub(taken);
     let after = due.wrapping_sub((weighted - time) as i64);
     let corrected = (weighted as i64).wrapping_add(after >> 2);
+    let most = (time as i64).wrapping_add(if due > 0 { due } else { 0 });
+    let corrected = if corrected < most { corrected } else { most };
     let charged = if corrected > 0 { corrected as u64 } else { 0 };
     add(balance, time.wrapping_sub(charged));
     charged
