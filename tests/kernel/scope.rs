@@ -106,7 +106,8 @@ fn totals(samples: &[Sample]) -> BTreeMap<&str, [u64; 2]> {
         // What `execve` does until the new program is in place is still the old one's, and may have its name already; a wait
         // in there of which there is no stack cannot be told from others.
         let is_exec = |frame: &Arc<Frame>| frame.name.as_deref().is_some_and(|name| name.contains("execve"));
-        let has_stack = sample.frames.len() > 1;
+        // (Frames in brackets say what is missing, or that a CPU was waited for.)
+        let has_stack = sample.frames.iter().any(|frame| !frame.is_named_like("["));
         if !sample.frames.iter().any(is_exec) && (has_stack || !sample.is_wait) {
             totals.entry(&sample.process).or_default()[usize::from(sample.is_wait)] += sample.count;
         }
