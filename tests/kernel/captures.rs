@@ -14,7 +14,7 @@ use std::{
 use nix::sys::signal::Signal;
 use profiler_tests::{
     Background, agent,
-    container::{Runc, remove_cgroups},
+    container::{Cgroups, Runc},
     eventually, free_port, http_get, kernel_is_usable, metric,
     programs::{Statistics, runs_of},
     recorded::{Sample, samples},
@@ -25,15 +25,6 @@ use profiler_tests::{
 
 /// A cgroup below the root that nothing else uses.
 const ROOT: &str = "profiler-captures";
-
-/// Removes the cgroups when the test ends.
-struct Cgroups;
-
-impl Drop for Cgroups {
-    fn drop(&mut self) {
-        remove_cgroups(&[ROOT]);
-    }
-}
 
 /// A daemon that writes profiles to a folder of the test's.
 struct Daemon {
@@ -131,7 +122,7 @@ fn rules_fire_for_real_containers() {
     if !kernel_is_usable() {
         return;
     }
-    let _cgroups = Cgroups;
+    let _cgroups = Cgroups(&[ROOT]);
     let (growing, burning) =
         (Runc::new("captures-growing", "grower", &[]), Runc::new("captures-burning", "burner", &[]));
     let [leak, throttled, steady] = [1, 2, 3].map(Runc::id);
@@ -264,7 +255,7 @@ fn a_storm_stays_within_limits() {
     if !kernel_is_usable() {
         return;
     }
-    let _cgroups = Cgroups;
+    let _cgroups = Cgroups(&[ROOT]);
     let runc = Runc::new("captures-storm", "burner", &[]);
     let ids = [11, 12].map(Runc::id);
     let daemon =

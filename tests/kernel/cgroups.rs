@@ -16,7 +16,7 @@ use std::{
 use nix::sys::signal::Signal;
 use profiler_tests::{
     Background,
-    container::{Runc, remove_cgroups},
+    container::{Cgroups, Runc, remove_cgroups},
     kernel_is_usable, record,
     recorded::{Sample, samples},
     scratch, stderr, workload,
@@ -47,15 +47,6 @@ const LAYOUTS: &[(&str, &str)] = &[
     ("podman", "/machine.slice/libpod-ID.scope/container"),
     ("podman-fs", "/libpod_parent/libpod-ID"),
 ];
-
-/// Removes what is left of cgroups when a test ends, however it ends.
-struct Cgroups;
-
-impl Drop for Cgroups {
-    fn drop(&mut self) {
-        remove_cgroups(&ROOTS);
-    }
-}
 
 fn read(recording: &Path, agent: Background) -> Vec<Sample> {
     agent.signal(Signal::SIGINT);
@@ -92,7 +83,7 @@ fn every_layout_is_read() {
     if !kernel_is_usable() {
         return;
     }
-    let _cgroups = Cgroups;
+    let _cgroups = Cgroups(&ROOTS);
     let names: Vec<String> = LAYOUTS.iter().map(|(name, _)| (*name).to_owned()).collect();
     let runc = Runc::new("layouts", "burner", &names);
     let layouts: Vec<(String, String, String)> = LAYOUTS
@@ -186,7 +177,7 @@ fn short_lived_containers_are_told_apart() {
     if !kernel_is_usable() {
         return;
     }
-    let _cgroups = Cgroups;
+    let _cgroups = Cgroups(&ROOTS);
     let names: Vec<String> = (0..CONTAINERS).map(|number| format!("job-{number}")).collect();
     let runc = Runc::new("short-lived", "burner", &names);
     let containers: BTreeMap<String, String> = names.iter().cloned().zip((0..CONTAINERS).map(Runc::id)).collect();
@@ -260,7 +251,7 @@ fn containers_of_milliseconds_are_known() {
     if !kernel_is_usable() {
         return;
     }
-    let _cgroups = Cgroups;
+    let _cgroups = Cgroups(&ROOTS);
     let names: Vec<String> = (0..CONTAINERS).map(|number| format!("brief-{number}")).collect();
     let runc = Runc::new("brief", "shortlived", &names);
     let containers: BTreeMap<String, String> = names.iter().cloned().zip((300..).map(Runc::id)).collect();

@@ -11,7 +11,7 @@ use std::{
 use nix::sys::signal::Signal;
 use profiler_tests::{
     Background, agent, ask_within, eventually, free_port, http_get, kernel_is_usable, metric,
-    programs::{Statistics, runs_of},
+    programs::{Statistics, cpu_seconds, runs_of},
     recorded, run, scratch, stderr, stdout,
     stopped::Stopped,
     workload,
@@ -101,17 +101,6 @@ impl Daemon {
 fn replace(path: &Path, text: &str) {
     let next = path.with_extension("next");
     fs::write(&next, text).and_then(|()| fs::rename(&next, path)).expect("a configuration file");
-}
-
-/// CPU time of a process's threads, seconds: the first field of their schedstat. (`/proc/PID/stat` counts ticks of the clock,
-/// each of which is half of what is allowed.)
-fn cpu_seconds(pid: u32) -> f64 {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process").flatten();
-    let nanoseconds = tasks.filter_map(|task| {
-        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
-        text.split_ascii_whitespace().next()?.parse::<f64>().ok()
-    });
-    nanoseconds.sum::<f64>() / 1e9
 }
 
 /// Every way to stop detaches every program within a second, every way back resumes, and nothing that was collected

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use profiler_tests::{
     Background, agent,
     cluster::{Cluster, LoadedPod, PodLoad, objects},
-    container::{Runc, remove_cgroups},
+    container::{Cgroups, Runc},
     eventually, free_port, http_get, kernel_is_usable, metric, peak_memory,
     recorded::{duration, samples},
     scratch, stderr, stdout, workspace,
@@ -266,15 +266,6 @@ impl Daemon {
     }
 }
 
-/// Removes cgroups when the test ends, however it ends.
-struct Cgroups;
-
-impl Drop for Cgroups {
-    fn drop(&mut self) {
-        remove_cgroups(&["kubepods", "kubepods.slice"]);
-    }
-}
-
 fn cgroup(uid: &str, id: &str) -> String {
     let uid = uid.replace('-', "_");
     format!("/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{uid}.slice/cri-containerd-{id}.scope")
@@ -298,7 +289,7 @@ fn a_busy_node_is_cheap_to_follow() {
     let mut load = PodLoad::start(&cluster, "busy", PODS);
     println!("{PODS} pods made in {:.1?}, a list of {} KiB", begun.elapsed(), load.list_length() / 1024);
 
-    let _cgroups = Cgroups;
+    let _cgroups = Cgroups(&["kubepods", "kubepods.slice"]);
     let runc = Runc::new("kubernetes-load-containers", "burner", &[BURNER, "known"].map(str::to_owned));
     let id = Runc::id(0);
     let pod = objects::pod("load", BURNER, "busy", &[BURNER]);

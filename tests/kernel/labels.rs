@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use profiler_tests::{
     Background, agent,
     cluster::{Account, Cluster, objects},
-    container::{Runc, remove_cgroups},
+    container::{Cgroups, Runc},
     eventually, free_port, http_get, kernel_is_usable,
     recorded::{Sample, samples},
     scratch, stderr, workspace,
@@ -27,15 +27,6 @@ const RBAC: [&str; 3] = ["namespace.yaml", "serviceaccount.yaml", "rbac.yaml"];
 
 /// A pod whose cgroup has the first pod's container in its path.
 const FORGER: &str = "forger";
-
-/// Removes cgroups when the test ends, however it ends.
-struct Cgroups;
-
-impl Drop for Cgroups {
-    fn drop(&mut self) {
-        remove_cgroups(&["kubepods", "kubepods.slice"]);
-    }
-}
 
 /// A daemon that follows a cluster and writes profiles to a folder.
 struct Daemon {
@@ -154,7 +145,7 @@ fn samples_carry_their_pods() {
     }
     let Some(cluster) = Cluster::start("labels") else { return };
     let account = account(&cluster);
-    let _cgroups = Cgroups;
+    let _cgroups = Cgroups(&["kubepods", "kubepods.slice"]);
     cluster.create(&objects::node(NODE));
     cluster.create(&objects::namespace("shop"));
     let make = |kind: &str, name: &str| cluster.create(&objects::workload(kind, "shop", name));
@@ -263,7 +254,7 @@ fn the_api_server_may_come_and_go() {
     }
     let Some(mut cluster) = Cluster::start("comes-and-goes") else { return };
     let account = account(&cluster);
-    let _cgroups = Cgroups;
+    let _cgroups = Cgroups(&["kubepods", "kubepods.slice"]);
     cluster.create(&objects::node(NODE));
     cluster.create(&objects::namespace("shop"));
     let names = ["first", "meanwhile", "suspended", "forgotten", "last"].map(str::to_owned);

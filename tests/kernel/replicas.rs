@@ -10,7 +10,7 @@ use std::{
 
 use profiler_tests::{
     cluster::{Cluster, objects},
-    container::{Runc, remove_cgroups},
+    container::{Cgroups, Runc},
     eventually, kernel_is_usable,
     recorded::{begin, duration, samples},
     scratch,
@@ -42,17 +42,11 @@ fn replicas_take_turns() {
     const SLOT: u64 = 5;
     const SLOTS: u64 = 6;
     const PODS: [&str; 3] = ["web-6c1f-0", "web-6c1f-1", "alone"];
-    struct Pods;
-    impl Drop for Pods {
-        fn drop(&mut self) {
-            remove_cgroups(&["kubepods"]);
-        }
-    }
     if !kernel_is_usable() {
         return;
     }
     let Some(cluster) = Cluster::start("replicas") else { return };
-    let (folder, _pods) = (scratch("replicas-agent"), Pods);
+    let (folder, _cgroups) = (scratch("replicas-agent"), Cgroups(&["kubepods"]));
     let account = cluster_with_account(&cluster, NODE);
     let deployment = cluster.create(&objects::workload("Deployment", "shop", "web"));
     let set = cluster.create(&objects::owned_by(objects::workload("ReplicaSet", "shop", "web-6c1f"), &deployment));

@@ -14,8 +14,9 @@ use nix::sys::signal::Signal;
 use profiler_tests::{
     Background, Native, agent,
     cluster::{Account, Cluster, objects},
-    container::{Runc, remove_cgroups},
+    container::{Cgroups, Runc, remove_cgroups},
     eventually, free_port, http_get, kernel_is_usable, metric, native,
+    programs::cpu_seconds,
     recorded::{Frame, Sample, samples},
     run, scratch, stderr, workload,
 };
@@ -91,12 +92,6 @@ fn configuration(profiles: &Path, status: u16, event: &str, more: &str) -> Strin
          status: {{listen: '127.0.0.1:{status}'}}\n{more}",
         profiles.display(),
     )
-}
-
-/// CPU time of a process with one thread, seconds.
-fn cpu_seconds(pid: u32) -> f64 {
-    let text = fs::read_to_string(format!("/proc/{pid}/schedstat")).expect("a process");
-    text.split_ascii_whitespace().next().and_then(|time| time.parse::<f64>().ok()).expect("a time") / 1e9
 }
 
 /// What each program was recorded with: samples, and waits.
@@ -341,17 +336,11 @@ pub(crate) fn cluster_with_account(cluster: &Cluster, node: &str) -> Account {
 #[test]
 fn annotations_are_followed() {
     const NODE: &str = "here";
-    struct Pods;
-    impl Drop for Pods {
-        fn drop(&mut self) {
-            remove_cgroups(&["kubepods"]);
-        }
-    }
     if !kernel_is_usable() {
         return;
     }
     let Some(cluster) = Cluster::start("scope") else { return };
-    let (folder, _pods) = (scratch("scope-agent"), Pods);
+    let (folder, _cgroups) = (scratch("scope-agent"), Cgroups(&["kubepods"]));
     let account = cluster_with_account(&cluster, NODE);
     let names = ["quiet", "loud", "private"].map(str::to_owned);
     let runc = Runc::new("scope-containers", "burner", &names);

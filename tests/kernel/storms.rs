@@ -10,7 +10,7 @@ use std::{
 use nix::sys::signal::Signal;
 use profiler_tests::{
     Background, agent, eventually, free_port, http_get, kernel_is_usable, metric,
-    programs::{Statistics, runs_of},
+    programs::{Statistics, cpu_seconds, runs_of},
     recorded, scratch, stderr, stdout,
     stopped::Stopped,
     workload,
@@ -35,16 +35,6 @@ struct Outcome {
     /// Whether waits were suspended at any time, and what profiles were marked so then.
     is_suspended: bool,
     marked: usize,
-}
-
-/// CPU time of a process's threads, seconds.
-fn cpu_seconds(pid: u32) -> f64 {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process").flatten();
-    let nanoseconds = tasks.filter_map(|task| {
-        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
-        text.split_ascii_whitespace().next()?.parse::<f64>().ok()
-    });
-    nanoseconds.sum::<f64>() / 1e9
 }
 
 /// Many processes, each of an executable of its own: no two have the same build ID.

@@ -103,6 +103,15 @@ pub fn remove_cgroups(names: &[&str]) {
     }
 }
 
+/// Cgroups of a test, which are removed when it ends: see [`remove_cgroups`].
+pub struct Cgroups<'a>(pub &'a [&'a str]);
+
+impl Drop for Cgroups<'_> {
+    fn drop(&mut self) {
+        remove_cgroups(self.0);
+    }
+}
+
 fn remove_cgroup(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {

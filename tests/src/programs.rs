@@ -1,4 +1,4 @@
-//! What kernel programs of a process do, by the kernel's own books (`kernel.bpf_stats_enabled`, Linux 5.1).
+//! What a process and its kernel programs do, by the kernel's own books (`kernel.bpf_stats_enabled`, Linux 5.1).
 
 use std::{collections::BTreeMap, fs};
 
@@ -56,4 +56,15 @@ pub fn runs_of(pid: u32) -> Runs {
         count: programs.values().map(|(count, _)| count).sum(),
         time_ns: programs.values().map(|(_, time)| time).sum(),
     }
+}
+
+/// CPU time of a process's threads, seconds: the first field of their schedstat. (`/proc/PID/stat` counts ticks of the clock,
+/// each of which is half of what is allowed.)
+pub fn cpu_seconds(pid: u32) -> f64 {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a process").flatten();
+    let nanoseconds = tasks.filter_map(|task| {
+        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
+        text.split_ascii_whitespace().next()?.parse::<f64>().ok()
+    });
+    nanoseconds.sum::<f64>() / 1e9
 }

@@ -194,7 +194,7 @@ impl Governor {
         let wanted = self.wanted_now();
         let fits = |cost: f64| cost < self.budget * ROOM;
         let (now, switches) = (self.effort, self.average(PROGRAMS_SECONDS, |spent| spent.switches));
-        let mut more = Effort { wait_share: now.wait_share, ..self.sampled_more() };
+        let mut more = self.sampled_more();
         if more == now || !fits((cost - switches) * STEP + switches) {
             let least = self.average(PROGRAMS_SECONDS, |spent| spent.switched) * LEAST_SWITCH;
             let (share, then) = match now.wait_share {

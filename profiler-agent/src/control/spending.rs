@@ -14,9 +14,10 @@ use profiler_common::abi::counter::Counter;
 
 use crate::{allowance::Allowance, status::Stats};
 
-/// Time to enter and leave a program, which its own looks at the clock do not see. (Measured on Linux 6.18, against what
-/// the machine's throughput loses.)
+/// Time to enter and leave a program, which its own looks at the clock do not see. (Linux 6.18: with it, what is measured is
+/// what the kernel's books of the programs' run time say. Throughput loses some 50 ns more.)
 const ENTRY_SECONDS: f64 = 50e-9;
+
 /// CPU seconds, by what took them.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Spent {

@@ -37,7 +37,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(300);
 const RETRY_PACE: Duration = Duration::from_secs(1);
 /// Time between two looks at whether pods have changed that the scope asks about, and at whose turn it is.
 const FOLLOW_PODS: Duration = Duration::from_millis(500);
-
 /// Time between two looks at whose turn it is, at least.
 const LEAST_TURN: Duration = Duration::from_millis(10);
 
